@@ -1,0 +1,45 @@
+/**
+ * The only door to the provider: one handler for each resource, under the names by which every state that was ever stored asks for it.
+ * Only this file reads the process's environment and arguments. It is loaded by `require`, so nothing below it may await at its top level.
+ */
+import { homedir } from "node:os";
+import { Calls, engineGone, parseEngineAddress } from "./engine.ts";
+import type { Hosts } from "./host/hosts.ts";
+import type { Context } from "./resources/resource.ts";
+import { type Handler, serve } from "./wire.ts";
+
+/** The handler of `pulumi-nodejs:dynamic/virtlift:ImportedDisk`. */
+export const importedDisk: Handler = serve(async () => (await import("./resources/imported-disk.ts")).importedDisk, run);
+
+/** The handler of `pulumi-nodejs:dynamic/virtlift:VirtualMachine`. */
+export const virtualMachine: Handler = serve(async () => (await import("./resources/virtual-machine.ts")).virtualMachine, run);
+
+const calls = new Calls();
+let hosts: Promise<Hosts> | undefined;
+
+async function run<Result>(config: Context["config"], work: (context: Context) => Promise<Result>): Promise<Result> {
+  hosts ??= open();
+  const opened = await hosts;
+  return calls.run(() => work({ config, log, signal: calls.signal, hosts: opened }));
+}
+
+/** What the first call needs; nothing of it happens when the package is only loaded. */
+async function open(): Promise<Hosts> {
+  const engine = parseEngineAddress(process.argv.at(-1));
+  if (engine !== undefined)
+    void engineGone(engine).then(() => shutDown("Pulumi's engine is gone: stopped, and what was copied so far is kept"));
+  // The engine interrupts its providers at every end, also a normal one, and kills them 5 s later.
+  process.once("SIGINT", () => void shutDown("Pulumi's engine stopped this update"));
+  const { createHosts } = await import("./host/open.ts");
+  return createHosts({ environment: process.env, homeDirectory: homedir() });
+}
+
+async function shutDown(reason: string): Promise<void> {
+  await calls.end(reason);
+  process.exit(1);
+}
+
+/** The engine shows both streams under the Stack, stderr marked as such. */
+function log(level: "info" | "warn", text: string): void {
+  (level === "info" ? process.stdout : process.stderr).write(`${text.replaceAll(/\s*\n\s*/g, " ")}\n`);
+}
