@@ -1,0 +1,314 @@
+/** A disk on its way: the part file on the host, written in frames that are hashed at both ends, and its publication. */
+import { createHash } from "node:crypto";
+import { posix } from "node:path";
+import { createInterface } from "node:readline";
+import { setTimeout as sleep } from "node:timers/promises";
+import { CommandError, DiskError } from "../errors.ts";
+import type { Host, HostStream } from "../host/hosts.ts";
+import { RECEIVER } from "./receiver.ts";
+
+/** Frames end at multiples of this: large enough that the host's two processes a frame cost nothing, small enough to hold a few. */
+export const FRAME_BYTES = 16 * 1024 * 1024;
+
+/** Frames sent and not yet hashed by the host. */
+const MAX_FRAMES_IN_FLIGHT = 3;
+
+/** Gaps up to this are filled with zeros rather than beginning a new frame. */
+const MAX_FILLED_GAP_BYTES = 64 * 1024;
+
+/** How long a dying predecessor may keep its lock. */
+const LOCK_PATIENCE_MS = 15_000;
+
+/** The folder inside a pool's that holds what is not finished. A directory pool does not descend into it. */
+export const WORK_FOLDER = ".virtlift";
+
+/** Something of that name is there already, and it is not ours to overwrite. */
+export class PathTaken extends DiskError {}
+
+export interface PartFileOptions {
+  /** Names the part: the same import finds it again, two different ones never meet. A plain file name. */
+  readonly id: string;
+  /** Absolute path of the volume-to-be. */
+  readonly finalPath: string;
+  readonly signal: AbortSignal;
+}
+
+/** Opens the part file of an import on the host, taking its lock. Throws PathTaken when the final path exists, DiskError when another writer holds the lock. */
+export async function openPartFile(host: Host, options: PartFileOptions): Promise<PartFile> {
+  const work = posix.join(posix.dirname(options.finalPath), WORK_FOLDER);
+  const deadline = Date.now() + LOCK_PATIENCE_MS;
+  for (;;) {
+    const stream = await host.stream(["sh", "-c", RECEIVER, "virtlift", work, options.id, options.finalPath], { signal: options.signal });
+    const part = new PartFile(stream, host.label, options.finalPath);
+    const state = await part.begin();
+    if (state === "ready") return part;
+    await part[Symbol.asyncDispose]();
+    if (state === "exists") throw pathTaken(options.finalPath, host.label);
+    if (Date.now() > deadline) {
+      throw new DiskError(
+        `another import is writing ${options.finalPath} on ${host.label} right now (it holds ${posix.join(work, `${options.id}.lock`)}): let it end or stop it, then run up again`,
+        { step: "transfer", path: options.finalPath },
+      );
+    }
+    await sleep(500, undefined, { signal: options.signal });
+  }
+}
+
+function pathTaken(path: string, host: string): PathTaken {
+  return new PathTaken(`${path} exists on ${host} and is not overwritten: choose another \`name\`, or remove it`, {
+    step: "publish",
+    path,
+  });
+}
+
+/** An open part file. Bytes of one frame at a time are held; `write` waits when the host is behind. Not for concurrent use. */
+export class PartFile implements AsyncDisposable {
+  readonly #stream: HostStream;
+  readonly #host: string;
+  readonly #path: string;
+  readonly #answers: Answers;
+  /** Digests of what the host holds from an earlier run, by `offset length`. */
+  readonly #held = new Map<string, string>();
+  /** What was sent and not yet confirmed, by `offset length`. The bytes stay untouched until then: a transport may hold on to them. */
+  readonly #sent = new Map<string, { readonly digest: string; readonly frame: Uint8Array }>();
+  readonly #spare: Uint8Array[] = [];
+  #frame: Uint8Array = new Uint8Array(FRAME_BYTES);
+  #frameOffset = 0;
+  #frameLength = 0;
+  #sentBytes = 0;
+  #keptBytes = 0;
+
+  constructor(stream: HostStream, host: string, path: string) {
+    this.#stream = stream;
+    this.#host = host;
+    this.#path = path;
+    // Whatever breaks the stream settles `done`; an unheard "error" event would end the process.
+    stream.io.on("error", () => {});
+    this.#answers = new Answers(stream, (error) => this.#explain(error));
+  }
+
+  /** Bytes that went over the wire. */
+  get sentBytes(): number {
+    return this.#sentBytes;
+  }
+
+  /** Bytes that the host held already, proven by their hash. */
+  get keptBytes(): number {
+    return this.#keptBytes;
+  }
+
+  /** The receiver's first word. */
+  async begin(): Promise<"ready" | "busy" | "exists"> {
+    const answer = await this.#answers.next();
+    if (answer === "ready" || answer === "busy" || answer === "exists") return answer;
+    throw this.#unexpected(answer);
+  }
+
+  /** Learns which frames an earlier run left, hashed anew by the host. Call it before the first write. */
+  async resume(): Promise<{ readonly frames: number }> {
+    await this.#send("resume\n");
+    for (;;) {
+      const answer = await this.#answers.next();
+      if (answer === "ok") return { frames: this.#held.size };
+      const have = parseHave(answer);
+      if (!have) throw this.#unexpected(answer);
+      this.#held.set(have.key, have.digest);
+    }
+  }
+
+  /** Writes bytes at an offset. Contiguous bytes make one frame; the buffer is free again when the promise resolves. */
+  async write(offset: number, bytes: Uint8Array): Promise<void> {
+    let at = 0;
+    while (at < bytes.length) {
+      const position = offset + at;
+      await this.#seek(position);
+      const room = FRAME_BYTES - ((this.#frameOffset + this.#frameLength) % FRAME_BYTES);
+      const piece = bytes.subarray(at, at + room);
+      this.#frame.set(piece, this.#frameLength);
+      this.#frameLength += piece.length;
+      at += piece.length;
+      if (piece.length === room) await this.#flush();
+    }
+  }
+
+  /** Sends what is held, and waits until the host has confirmed the hash of every frame and made it durable. */
+  async settle(): Promise<void> {
+    await this.#flush();
+    while (this.#sent.size > 0) await this.#confirm();
+    await this.#command("sync\n");
+  }
+
+  /** Sets the size of the part, for what ends in a hole. */
+  async setSize(sizeBytes: number): Promise<void> {
+    await this.#command(`size ${sizeBytes}\n`);
+  }
+
+  async allocate(sizeBytes: number): Promise<void> {
+    await this.#command(`allocate ${sizeBytes}\n`);
+  }
+
+  /** The SHA-256 of what the host holds from `offset` to the end, in hex. */
+  async digest(offset: number): Promise<string> {
+    await this.#send(`digest ${offset}\n`);
+    const answer = await this.#answers.next();
+    const digest = /^digest ([0-9a-f]{64})$/.exec(answer)?.[1];
+    if (digest === undefined) throw this.#unexpected(answer);
+    return digest;
+  }
+
+  /** Keeps `stamp` beside the part, bound to its inode: for formats that have no room for one. */
+  async stamp(stamp: Uint8Array): Promise<void> {
+    await this.#command(Buffer.concat([Buffer.from(`stamp ${stamp.length}\n`), stamp]));
+  }
+
+  /** Links the part to its final path, modified at `modifiedSeconds` (since 1970). Throws PathTaken when the path exists by now: the part is discarded. */
+  async publish(modifiedSeconds: number): Promise<{ readonly allocatedBytes: number }> {
+    await this.#send(`publish ${modifiedSeconds}\n`);
+    const answer = await this.#answers.next();
+    if (answer === "exists") {
+      await this.discard();
+      throw pathTaken(this.#path, this.#host);
+    }
+    const allocated = /^published (\d+)$/.exec(answer)?.[1];
+    if (allocated === undefined) throw this.#unexpected(answer);
+    return { allocatedBytes: Number(allocated) };
+  }
+
+  /** Removes the part and all that belongs to it. */
+  async discard(): Promise<void> {
+    this.#frameLength = 0;
+    while (this.#sent.size > 0) await this.#confirm();
+    await this.#command("discard\n");
+  }
+
+  /** Lets go of the lock. What was not published or discarded stays for the next run. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#stream.io.end();
+    await this.#stream[Symbol.asyncDispose]();
+  }
+
+  async #seek(position: number): Promise<void> {
+    const end = this.#frameOffset + this.#frameLength;
+    if (this.#frameLength > 0 && position !== end) {
+      const gap = position - end;
+      if (gap > 0 && gap <= MAX_FILLED_GAP_BYTES && Math.floor(position / FRAME_BYTES) === Math.floor(end / FRAME_BYTES)) {
+        this.#frame.fill(0, this.#frameLength, this.#frameLength + gap);
+        this.#frameLength += gap;
+      } else {
+        await this.#flush();
+      }
+    }
+    if (this.#frameLength === 0) this.#frameOffset = position;
+  }
+
+  async #flush(): Promise<void> {
+    if (this.#frameLength === 0) return;
+    const bytes = this.#frame.subarray(0, this.#frameLength);
+    const key = `${this.#frameOffset} ${this.#frameLength}`;
+    const digest = createHash("sha256").update(bytes).digest("hex");
+    this.#frameLength = 0;
+    if (this.#held.get(key) === digest) {
+      this.#keptBytes += bytes.length;
+      return;
+    }
+    while (this.#sent.size >= MAX_FRAMES_IN_FLIGHT) await this.#confirm();
+    this.#sent.set(key, { digest, frame: this.#frame });
+    this.#sentBytes += bytes.length;
+    this.#frame = this.#spare.pop() ?? new Uint8Array(FRAME_BYTES);
+    await this.#send(`write ${key}\n`);
+    await this.#send(bytes);
+  }
+
+  async #confirm(): Promise<void> {
+    const answer = await this.#answers.next();
+    const have = parseHave(answer);
+    const sent = have && this.#sent.get(have.key);
+    if (!sent) throw this.#unexpected(answer);
+    this.#sent.delete(have.key);
+    this.#spare.push(sent.frame);
+    if (have.digest !== sent.digest) {
+      throw new DiskError(
+        `${this.#path} on ${this.#host} does not hold the bytes that were sent (frame ${have.key}): its storage or memory is faulty`,
+        {
+          step: "verify",
+          path: this.#path,
+        },
+      );
+    }
+  }
+
+  async #command(command: string | Uint8Array): Promise<void> {
+    await this.#send(command);
+    const answer = await this.#answers.next();
+    if (answer !== "ok") throw this.#unexpected(answer);
+  }
+
+  /** Resolves when the transport has taken the bytes. */
+  async #send(bytes: string | Uint8Array): Promise<void> {
+    await new Promise<void>((resolve, reject) => {
+      this.#stream.io.write(bytes, (error) => (error ? reject(error) : resolve()));
+    }).catch(async (error: unknown) => {
+      // The receiver's last line says why it hung up; the broken pipe is only how we noticed.
+      for (;;) {
+        const answer = await this.#answers.next();
+        if (!parseHave(answer)) throw this.#unexpected(answer, error);
+      }
+    });
+  }
+
+  #unexpected(answer: string, cause?: unknown): DiskError {
+    const reason = answer.startsWith("error ") ? answer.slice(6).trim() : `the receiver answered ${JSON.stringify(answer.slice(0, 200))}`;
+    return new DiskError(`cannot write ${this.#path} on ${this.#host}: ${reason}`, {
+      step: "transfer",
+      path: this.#path,
+      ...(cause !== undefined && { cause }),
+    });
+  }
+
+  #explain(error: unknown): Error {
+    if (error instanceof CommandError && error.stderrTail.trim() !== "") {
+      return new DiskError(`cannot write ${this.#path} on ${this.#host}: ${error.stderrTail.trim().replaceAll("\n", " ")}`, {
+        step: "transfer",
+        path: this.#path,
+        cause: error,
+      });
+    }
+    return error instanceof Error ? error : new Error(String(error));
+  }
+}
+
+function parseHave(answer: string): { readonly key: string; readonly digest: string } | undefined {
+  const match = /^have (\d+ \d+) ([0-9a-f]{64})$/.exec(answer);
+  return match ? { key: match[1]!, digest: match[2]! } : undefined;
+}
+
+/** The receiver's lines, one at a time; rejects when it ended instead of answering. */
+class Answers {
+  readonly #lines: AsyncIterator<string>;
+  readonly #stream: HostStream;
+  readonly #explain: (error: unknown) => Error;
+
+  constructor(stream: HostStream, explain: (error: unknown) => Error) {
+    this.#stream = stream;
+    this.#explain = explain;
+    this.#lines = createInterface({ input: stream.io, crlfDelay: Infinity })[Symbol.asyncIterator]();
+    // Awaited in next(); a failure before anyone asks must not be a stray rejection.
+    stream.done.catch(() => {});
+  }
+
+  async next(): Promise<string> {
+    let line: IteratorResult<string>;
+    try {
+      line = await this.#lines.next();
+    } catch (error) {
+      throw this.#explain(error);
+    }
+    if (!line.done) return line.value;
+    try {
+      await this.#stream.done;
+    } catch (error) {
+      throw this.#explain(error);
+    }
+    throw new Error("the receiver on the host ended before its work was done");
+  }
+}

@@ -1,0 +1,122 @@
+/** What the host's file system says before and after an import: one command, which only reads. */
+import { posix } from "node:path";
+import type { Host } from "../host/hosts.ts";
+import { readStamp } from "../image/qcow2.ts";
+import { ImageError, type Parser } from "../image/parser.ts";
+import { WORK_FOLDER } from "./part-file.ts";
+import { RECEIVER_TOOLS } from "./receiver.ts";
+
+/** Room for a qcow2's first cluster, where the stamp lies. */
+const HEAD_BYTES = 64 * 1024;
+
+const PROBE = `
+folder=$1 final=$2 id=$3 tools=$4
+for tool in $tools; do command -v "$tool" >/dev/null 2>&1 || printf 'missing %s\\n' "$tool"; done
+if [ ! -d "$folder" ]; then echo 'folder none'; elif [ -w "$folder" ] && [ -x "$folder" ]; then echo 'folder writable'; else echo 'folder refused'; fi
+printf 'user %s\\n' "$(id -un)"
+printf 'free %s\\n' "$(df --output=avail -B1 -- "$folder" 2>/dev/null | tail -n 1)"
+if [ -e "$final" ] || [ -L "$final" ]; then
+  printf 'file %s\\n' "$(stat -c '%i %.9Y %b' -- "$final")"
+fi
+work=$folder/${WORK_FOLDER}
+if [ -f "$work/$id.part" ]; then printf 'part %s\\n' "$(($(stat -c %b -- "$work/$id.part") * 512))"; fi
+if [ -f "$work/$id.stamp" ]; then printf 'stamp %s\\n' "$(tr '\\n' ' ' <"$work/$id.stamp")"; fi
+exit 0
+`;
+
+/** What is kept in a volume that we made, or beside it. */
+export interface Stamp {
+  readonly importId: string;
+  readonly [key: string]: unknown;
+}
+
+export interface Probe {
+  /** Tools that the receiver needs and the host lacks. */
+  readonly missingTools: readonly string[];
+  readonly folder: "none" | "writable" | "refused";
+  /** Who writes there. */
+  readonly user: string;
+  /** Bytes that the user may still write; undefined when the host's df does not say. */
+  readonly freeBytes: number | undefined;
+  /** Bytes that an interrupted run of this import has allocated. */
+  readonly partBytes: number;
+  /** The file at the final path, if there is one. */
+  readonly file: VolumeFile | undefined;
+}
+
+export interface VolumeFile {
+  /** Our stamp, if this is a volume of ours. */
+  readonly stamp: Stamp | undefined;
+  /** Whether its modification time is still the one that the import gave it: nobody has written to it. Undefined without a stamp. */
+  readonly untouched: boolean | undefined;
+  readonly allocatedBytes: number;
+}
+
+/** Looks at the place of a volume on the host. `id` is the import's. Changes nothing. Throws ConnectionError or CommandError. */
+export async function probe(host: Host, finalPath: string, id: string): Promise<Probe> {
+  const folder = posix.dirname(finalPath);
+  const { stdout } = await host.run(["sh", "-c", PROBE, "virtlift", folder, finalPath, id, RECEIVER_TOOLS.join(" ")]);
+  const lines = stdout.toString("utf8").split("\n");
+  const values = (key: string) => lines.filter((line) => line.startsWith(`${key} `)).map((line) => line.slice(key.length + 1).trim());
+  const value = (key: string) => values(key)[0];
+  const free = Number.parseInt(value("free") ?? "", 10);
+  return {
+    missingTools: values("missing"),
+    folder: value("folder") === "writable" ? "writable" : value("folder") === "refused" ? "refused" : "none",
+    user: value("user") ?? "?",
+    freeBytes: Number.isNaN(free) ? undefined : free,
+    partBytes: Number(value("part") ?? 0),
+    file: await volumeFile(host, finalPath, value("file"), value("stamp")),
+  };
+}
+
+async function volumeFile(
+  host: Host,
+  path: string,
+  stat: string | undefined,
+  sidecar: string | undefined,
+): Promise<VolumeFile | undefined> {
+  const [inode, modified, blocks] = stat?.split(" ") ?? [];
+  if (inode === undefined || modified === undefined) return undefined;
+  const stamp = sidecar?.startsWith(`${inode} `) ? parseStamp(sidecar.slice(inode.length + 1)) : parseStamp(await stampInside(host, path));
+  const importedAt = stamp?.["importedAt"];
+  return {
+    stamp,
+    untouched: typeof importedAt === "number" ? Number(modified) === importedAt : undefined,
+    allocatedBytes: Number(blocks) * 512,
+  };
+}
+
+/** The stamp in a qcow2's header, if the file is one. */
+async function stampInside(host: Host, path: string): Promise<string | undefined> {
+  const { stdout } = await host.run(["head", "-c", String(HEAD_BYTES), "--", path]);
+  try {
+    const stamp = fromBuffer(readStamp(), stdout);
+    return stamp && Buffer.from(stamp).toString("utf8");
+  } catch (error) {
+    // No qcow2 at all: a file of somebody else.
+    if (error instanceof ImageError) return undefined;
+    throw error;
+  }
+}
+
+function fromBuffer<T>(parser: Parser<T>, bytes: Buffer): T {
+  for (let step = parser.next(); ;) {
+    if (step.done) return step.value;
+    const ask = step.value;
+    step = parser.next(ask.kind === "size" ? bytes.length : bytes.subarray(ask.offset, ask.offset + ask.length));
+  }
+}
+
+function parseStamp(text: string | undefined): Stamp | undefined {
+  if (text === undefined) return undefined;
+  try {
+    const stamp: unknown = JSON.parse(text);
+    return typeof stamp === "object" && stamp !== null && "importId" in stamp && typeof stamp.importId === "string"
+      ? (stamp as Stamp)
+      : undefined;
+  } catch {
+    // Foreign bytes under our extension's number: not ours.
+    return undefined;
+  }
+}

@@ -1,0 +1,43 @@
+/** What a user sees of a copy: lines at every tenth, sizes and rates in words. */
+
+const UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"] as const;
+
+/** `355 MiB`, `1.4 GiB`: three significant digits at most. */
+export function formatBytes(bytes: number): string {
+  let value = bytes;
+  let unit = 0;
+  while (value >= 1000 && unit < UNITS.length - 1) {
+    value /= 1024;
+    unit++;
+  }
+  return `${unit === 0 || value >= 100 ? Math.round(value) : value.toPrecision(value >= 10 ? 3 : 2)} ${UNITS[unit]}`;
+}
+
+/** `8 s`, `3 min 20 s`, `2 h 5 min`. */
+export function formatSeconds(seconds: number): string {
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+/** No line earlier than this after the last: a quick copy needs none. */
+const QUIET_MS = 2000;
+
+/** A progress callback that says one line for every tenth of the way at most, each naming the disk. */
+export function tellProgress(name: string, say: (line: string) => void): (doneBytes: number, totalBytes: number) => void {
+  const startedMs = performance.now();
+  let saidMs = startedMs;
+  let saidTenths = 0;
+  return (doneBytes, totalBytes) => {
+    const tenths = Math.floor((doneBytes / totalBytes) * 10);
+    const nowMs = performance.now();
+    if (tenths <= saidTenths || tenths >= 10 || nowMs - saidMs < QUIET_MS) return;
+    saidTenths = tenths;
+    saidMs = nowMs;
+    const rate = (doneBytes / (nowMs - startedMs)) * 1000;
+    say(
+      `${name}: ${tenths}0 % of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s, ${formatSeconds((totalBytes - doneBytes) / rate)} left`,
+    );
+  };
+}

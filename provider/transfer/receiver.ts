@@ -1,0 +1,115 @@
+/**
+ * The program that runs on the host while a disk arrives: POSIX sh, coreutils and flock, nothing to install.
+ *
+ * Arguments: the work folder, the import's id, the path to publish. It holds a lock on the part file until its stdin ends, reads one command a
+ * line, and answers one line each:
+ *
+ * | command               | does                                                                | answers                                    |
+ * |-----------------------|---------------------------------------------------------------------|--------------------------------------------|
+ * | (start)               | takes the lock                                                      | `ready`, `busy`, or `exists`               |
+ * | `resume`              | hashes the frames that an earlier run wrote                         | `have OFFSET LENGTH SHA256`..., then `ok`  |
+ * | `write OFFSET LENGTH` | writes the LENGTH bytes that follow, then hashes them from the file | `have OFFSET LENGTH SHA256`, in any order  |
+ * | `size BYTES`          | sets the part's size                                                | `ok`                                       |
+ * | `allocate BYTES`      | allocates the part in full                                          | `ok`                                       |
+ * | `sync`                | makes part and folder durable                                       | `ok`                                       |
+ * | `digest OFFSET`       | hashes the part from OFFSET to its end                              | `digest SHA256`                            |
+ * | `stamp LENGTH`        | keeps the LENGTH bytes that follow beside the part, with its inode  | `ok`                                       |
+ * | `publish SECONDS`     | sets the time, links the part to the path without overwriting       | `published BYTES-ALLOCATED`, or `exists`   |
+ * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
+ *
+ * Whatever fails answers `error SENTENCE` and ends. The lock file is removed at the end of a finished or discarded import, so whoever takes the
+ * lock checks that the file he locked is still the one under that name.
+ *
+ * Sources: dd(1) and sync(1) of coreutils (`iflag=fullblock,count_bytes`, `sync FILE` since 8.24), flock(1) of util-linux.
+ */
+export const RECEIVER = `
+set -u
+umask 077
+work=$1 id=$2 final=$3
+part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp
+fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 1; }
+if command -v openssl >/dev/null 2>&1; then sha='openssl dgst -sha256 -r'; else sha=sha256sum; fi
+hash() {
+  digest=$(dd if="$part" bs=1048576 iflag=skip_bytes,count_bytes skip="$1" count="$2" status=none | $sha)
+  printf 'have %s %s %s\\n' "$1" "$2" "\${digest%% *}"
+}
+[ ! -L "$work" ] || fail "$work is a symbolic link"
+tries=0
+while :; do
+  message=$(mkdir -p -- "$work" 2>&1) || fail "$message"
+  exec 9>>"$lock"
+  flock -n 9 || { echo busy; exit 0; }
+  [ "$lock" -ef /dev/fd/9 ] && break
+  tries=$((tries + 1))
+  [ "$tries" -lt 20 ] || fail "the lock $lock keeps changing"
+done
+finish() { rm -f -- "$lock"; rmdir -- "$work" 2>/dev/null; }
+[ ! -e "$final" ] && [ ! -L "$final" ] || { [ -e "$part" ] || finish; echo exists; exit 0; }
+: >>"$part"
+echo ready
+while IFS=' ' read -r verb first second; do
+  case $verb in
+  resume)
+    if [ -f "$journal" ]; then
+      sort -u -- "$journal" | while IFS=' ' read -r offset length; do hash "$offset" "$length"; done
+    fi
+    echo ok ;;
+  write)
+    message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
+    printf '%s %s\\n' "$first" "$second" >>"$journal" || fail "cannot write $journal"
+    hash "$first" "$second" 9>&- </dev/null & ;;
+  size)
+    message=$(truncate -s "$first" -- "$part" 2>&1) || fail "$message"
+    echo ok ;;
+  allocate)
+    message=$(fallocate -l "$first" -- "$part" 2>&1) || fail "$message"
+    echo ok ;;
+  sync)
+    wait
+    message=$(sync -- "$part" "$work" 2>&1) || fail "$message"
+    echo ok ;;
+  digest)
+    digest=$(dd if="$part" bs=1048576 iflag=skip_bytes skip="$first" status=none | $sha)
+    printf 'digest %s\\n' "\${digest%% *}" ;;
+  stamp)
+    { stat -c %i -- "$part" && dd bs=65536 iflag=fullblock,count_bytes count="$first" status=none; } >"$stamp" || fail "cannot write $stamp"
+    sync -- "$stamp" "$work"
+    echo ok ;;
+  publish)
+    message=$(chmod 0600 -- "$part" 2>&1 && touch -d "@$first" -- "$part" 2>&1 && sync -- "$part" 2>&1) || fail "$message"
+    if message=$(ln -T -- "$part" "$final" 2>&1); then
+      if command -v restorecon >/dev/null 2>&1; then restorecon -- "$final" >/dev/null 2>&1; fi
+      message=$(sync -- "\${final%/*}" 2>&1) || fail "$message"
+      rm -f -- "$part" "$journal"
+      finish
+      printf 'published %s\\n' "$(($(stat -c %b -- "$final") * 512))"
+    elif [ -e "$final" ] || [ -L "$final" ]; then
+      echo exists
+    else
+      fail "$message"
+    fi ;;
+  discard)
+    wait
+    rm -f -- "$part" "$journal" "$stamp"
+    finish
+    echo ok ;;
+  *) fail "unknown command $verb" ;;
+  esac
+done
+`;
+
+/** What the receiver needs on the host, by the names that `command -v` finds. */
+export const RECEIVER_TOOLS: readonly string[] = [
+  "sh",
+  "dd",
+  "flock",
+  "sync",
+  "stat",
+  "truncate",
+  "touch",
+  "ln",
+  "mkdir",
+  "sort",
+  "tr",
+  "sha256sum",
+];
