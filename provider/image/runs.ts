@@ -42,6 +42,7 @@ export interface RunBounds {
 export class RunListBuilder {
   readonly #bounds: RunBounds;
   readonly #chunks: Chunk[] = [];
+  readonly #tables = { files: [] as number[], starts: [] as number[], ends: [] as number[] };
   #count = 0;
   #dataBytes = 0;
 
@@ -54,7 +55,7 @@ export class RunListBuilder {
 
   /**
    * Adds a run; one that ends beyond the disk is cut at the disk's end, as the last cluster or grain often is. A plain run that goes on where
-   * the last one added ends, in the file and in the guest's disk, is joined to it.
+   * the last one added ends, in the file and in the guest's disk, is joined to it. The bound of a run that is not plain is cut at the file's end.
    *
    * Throws ImageError when it begins beyond the disk's end, or lies outside its file, or when there are too many.
    */
@@ -66,8 +67,8 @@ export class RunListBuilder {
       );
     }
     const lengthBytes = Math.min(run.lengthBytes, virtualSizeBytes - run.virtualOffset);
-    const storedBytes = run.encoding === "plain" ? lengthBytes : run.storedBytes;
     const fileSizeBytes = files[run.file]?.sizeBytes ?? 0;
+    const storedBytes = run.encoding === "plain" ? lengthBytes : Math.min(run.storedBytes, Math.max(1, fileSizeBytes - run.fileOffset));
     if (!(run.fileOffset >= 0 && run.fileOffset + storedBytes <= fileSizeBytes)) {
       throw new ImageError(
         `the data of guest offset ${run.virtualOffset} should lie at file offset ${run.fileOffset} (${storedBytes} bytes), but the file ends at ${fileSizeBytes}: the image is truncated or damaged`,
@@ -85,10 +86,34 @@ export class RunListBuilder {
   }
 
   /**
-   * Sorts and checks what was added. To be called once; the builder is spent.
+   * Says that the image's own header or tables lie there: no run may. Neighbours are joined.
+   *
+   * Throws ImageError, naming `what`, when the place is outside the file.
+   */
+  reserve(file: number, fileOffset: number, lengthBytes: number, what: string): void {
+    const fileSizeBytes = this.#bounds.files[file]?.sizeBytes ?? 0;
+    if (!(fileOffset >= 0 && fileOffset + lengthBytes <= fileSizeBytes)) {
+      throw new ImageError(
+        `${what} should lie at file offset ${fileOffset} (${lengthBytes} bytes), but the file ends at ${fileSizeBytes}: the image is truncated or damaged`,
+      );
+    }
+    const { files, starts, ends } = this.#tables;
+    const last = starts.length - 1;
+    if (files[last] === file && ends[last] === fileOffset) {
+      ends[last] = fileOffset + lengthBytes;
+      return;
+    }
+    files.push(file);
+    starts.push(fileOffset);
+    ends.push(fileOffset + lengthBytes);
+  }
+
+  /**
+   * Sorts and checks what was added. To be called once; the builder is spent. The bound of a `grain` run is cut where the next run or table
+   * begins, so a parser may add grains with the most that one can take.
    *
    * Throws ImageError when two runs cover the same bytes of the guest's disk, or take the same bytes of a file (but for the sector that two
-   * compressed clusters may share).
+   * compressed clusters may share), or when a run lies in a table, or two tables in each other.
    */
   finish(): RunList {
     const byGuest = ascendingOrder(this.#count, (a, b) => this.#virtualOffset(a) - this.#virtualOffset(b));
@@ -100,7 +125,7 @@ export class RunListBuilder {
       guestEnd = start + this.#chunk(index).lengthBytes[index % CHUNK_RUNS]!;
     }
     const byFile = ascendingOrder(this.#count, (a, b) => this.#file(a) - this.#file(b) || this.#fileOffset(a) - this.#fileOffset(b));
-    this.#refuseSharedBytes(byFile);
+    this.#proveFiles(byFile);
     return new SortedRuns(this.#count, this.#dataBytes, (place) => this.#run(byFile?.[place] ?? place));
   }
 
@@ -132,20 +157,49 @@ export class RunListBuilder {
     this.#count++;
   }
 
-  #refuseSharedBytes(byFile: Uint32Array | undefined): void {
-    let previous: Run | undefined;
-    for (let place = 0; place < this.#count; place++) {
-      const run = this.#run(byFile?.[place] ?? place);
-      if (previous !== undefined && previous.file === run.file) {
-        const shared = previous.fileOffset + previous.storedBytes - run.fileOffset;
-        const mayShare = isCluster(previous) && isCluster(run) && run.fileOffset > previous.fileOffset && shared < SHARED_SECTOR_BYTES;
-        if (shared > 0 && !mayShare) {
-          throw new ImageError(
-            `the bytes at file offset ${run.fileOffset} are used for guest offsets ${previous.virtualOffset} and ${run.virtualOffset}: the image's tables are damaged or crafted`,
-          );
-        }
+  #proveFiles(byFile: Uint32Array | undefined): void {
+    const { files, starts, ends } = this.#tables;
+    const byStart = ascendingOrder(starts.length, (a, b) => files[a]! - files[b]! || starts[a]! - starts[b]!);
+    const tableAt = (place: number): number => byStart?.[place] ?? place;
+    for (let place = 1; place < starts.length; place++) {
+      const [before, table] = [tableAt(place - 1), tableAt(place)];
+      if (files[before] === files[table] && ends[before]! > starts[table]!) {
+        throw new ImageError(`two of the image's own tables overlap at file offset ${starts[table]}: they are damaged or crafted`);
       }
-      previous = run;
+    }
+    let nextTable = 0;
+    for (let place = 0; place < this.#count; place++) {
+      const index = byFile?.[place] ?? place;
+      const run = this.#run(index);
+      const isBehind = (table: number): boolean =>
+        files[table]! < run.file || (files[table] === run.file && ends[table]! <= run.fileOffset);
+      while (nextTable < starts.length && isBehind(tableAt(nextTable))) nextTable++;
+      const table = tableAt(nextTable);
+      const tableStart = nextTable < starts.length && files[table] === run.file ? starts[table]! : Infinity;
+      const follower = place + 1 < this.#count ? this.#run(byFile?.[place + 1] ?? place + 1) : undefined;
+      const nextStart = follower?.file === run.file ? follower.fileOffset : Infinity;
+      const isGrain = run.encoding === "grain";
+      const storedBytes = isGrain
+        ? Math.min(run.storedBytes, Math.max(1, Math.min(nextStart, tableStart) - run.fileOffset))
+        : run.storedBytes;
+      if (isGrain) this.#chunk(index).storedBytes[index % CHUNK_RUNS] = storedBytes;
+      const end = run.fileOffset + storedBytes;
+      if (tableStart < end) {
+        throw new ImageError(
+          `the data of guest offset ${run.virtualOffset} should lie at file offset ${run.fileOffset}, where the image's own tables are: it is damaged or crafted`,
+        );
+      }
+      const mayShare =
+        isCluster(run) &&
+        follower !== undefined &&
+        isCluster(follower) &&
+        nextStart > run.fileOffset &&
+        end - nextStart < SHARED_SECTOR_BYTES;
+      if (nextStart < end && !mayShare) {
+        throw new ImageError(
+          `the bytes at file offset ${nextStart} are used for guest offsets ${run.virtualOffset} and ${follower?.virtualOffset}: the image's tables are damaged or crafted`,
+        );
+      }
     }
   }
 

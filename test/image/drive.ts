@@ -4,6 +4,7 @@ import { basename, dirname, join } from "node:path";
 import { inflateRawSync, inflateSync, zstdDecompressSync } from "node:zlib";
 import type { DiskImage, Run, RunList } from "../../provider/image/image.ts";
 import { MAX_READ_BYTES, type Parser } from "../../provider/image/parser.ts";
+import { zstdFrameLength } from "../../provider/image/zstd.ts";
 
 /** Where asks are answered from: "" is the image, any other name a file beside it. */
 export interface Source {
@@ -107,6 +108,6 @@ function decode(run: Run, stored: Uint8Array): Uint8Array {
     case "deflate":
       return inflateRawSync(stored);
     case "zstd":
-      return zstdDecompressSync(stored);
+      return zstdDecompressSync(stored.subarray(0, zstdFrameLength(stored)));
   }
 }
