@@ -1,0 +1,84 @@
+/** The class of a disk that is imported into a libvirt storage pool. It declares only: `provider/resources/imported-disk.ts` does the work. */
+import * as pulumi from "@pulumi/pulumi";
+import type { z } from "zod";
+import type { ImportedDiskSchema } from "../provider/resources/schema.ts";
+import { type Host, type Later, originOf, type Outputs, withSecrets } from "./values.ts";
+
+// Type and text are in every state that was ever stored: neither can change.
+const TYPE = "pulumi-nodejs:dynamic/virtlift:ImportedDisk";
+const PROVIDER = 'exports.handler = () => require("virtlift/provider").importedDisk;';
+
+type Declared = z.input<typeof ImportedDiskSchema>;
+
+/** What to import, and where to. */
+export type ImportedDiskArgs = { readonly [Key in keyof Omit<Declared, "host" | "origin">]: Later<Declared[Key]> } & {
+  /** The host that gets the disk: a libvirt URI, or an object with what a URI cannot say. Default: the stack's configuration `virtlift:host`. */
+  readonly host?: Later<Host>;
+};
+
+/** What is known of an imported disk: its arguments as resolved, all of which preview knows, and what its import found. */
+export interface ImportedDiskState extends Omit<z.output<typeof ImportedDiskSchema>, "origin"> {
+  /** Names the disk for machines: the volume's name without its extension. Known in preview. */
+  readonly diskId: string;
+  /** Absolute path of the volume on the host. Known in preview. */
+  readonly path: string;
+  /** The volume's name in its pool. Known in preview. */
+  readonly volumeName: string;
+  /** A hash of what decides the disk's content; it changes when the disk is imported anew. Known in preview. */
+  readonly declaration: string;
+  /** The disk's size as the guest sees it. */
+  readonly virtualSizeBytes: number;
+  /** What the volume occupies on the host. */
+  readonly allocatedBytes: number;
+  /** Digest of the source file as it was read: `sha256:<hex>`. */
+  readonly sourceDigest: string;
+  /** Digest of the volume's bytes as they were published: `sha256:<hex>`. */
+  readonly contentDigest: string;
+}
+
+/** A property that is not named to Pulumi here never becomes an output of the object. */
+const OUTPUTS: Readonly<Record<keyof ImportedDiskState, undefined>> = {
+  allocatedBytes: undefined,
+  capacity: undefined,
+  checksum: undefined,
+  contentDigest: undefined,
+  declaration: undefined,
+  diskId: undefined,
+  format: undefined,
+  host: undefined,
+  layout: undefined,
+  migrationRef: undefined,
+  name: undefined,
+  onDelete: undefined,
+  path: undefined,
+  pool: undefined,
+  provenance: undefined,
+  replaceWritten: undefined,
+  source: undefined,
+  sourceDigest: undefined,
+  virtualSizeBytes: undefined,
+  volumeName: undefined,
+};
+
+/** Found by its name, so that a disk of another copy of this package is known too. */
+const BRAND: unique symbol = Symbol.for("virtlift.ImportedDisk");
+
+// Pulumi assigns them all in its constructor, and the type of OUTPUTS keeps that list complete.
+// oxlint-disable-next-line typescript/no-unsafe-declaration-merging
+export interface ImportedDisk extends Outputs<ImportedDiskState> {}
+
+/**
+ * A disk image, from wherever it is, as a volume in a pool of a libvirt host: copied once, verified, and owned for its life.
+ * `pulumi preview` reads the image's header and the host, and changes nothing.
+ */
+export class ImportedDisk extends pulumi.CustomResource {
+  readonly [BRAND] = true;
+
+  constructor(name: string, args: ImportedDiskArgs, options?: pulumi.CustomResourceOptions) {
+    super(TYPE, name, { ...OUTPUTS, ...args, host: withSecrets(args.host), origin: originOf(name), __provider: PROVIDER }, options);
+  }
+
+  static override isInstance(value: unknown): value is ImportedDisk {
+    return typeof value === "object" && value !== null && BRAND in value;
+  }
+}
