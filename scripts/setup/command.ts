@@ -19,12 +19,12 @@ export interface CommandOptions {
  * Runs argv without a shell and gives its whole output, decoded as UTF-8.
  * Throws CommandError when it cannot be started, does not exit 0, takes too long, or writes more than 64 MiB.
  */
-export async function runCommand(
+export function runCommand(
   argv: readonly [string, ...string[]],
   options: CommandOptions = {},
 ): Promise<{ readonly stdout: string; readonly stderr: string }> {
   const [file, ...rest] = argv;
-  return await new Promise((resolve, reject) => {
+  return new Promise((resolve, reject) => {
     const child = execFile(
       file,
       rest,

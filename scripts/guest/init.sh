@@ -1,0 +1,70 @@
+#!/bin/busybox sh
+# The proof guest's only program: says on the serial console what the machine is made of, and the hash of its own disks.
+# Every line it prints starts with "virtlift-guest"; `report.ts` reads them.
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
+
+say() { echo "virtlift-guest $*"; }
+declared() { grep -qw "$1" /proc/cmdline; }
+
+while read -r module; do insmod "/modules/$module"; done < /modules/order
+
+disks() { for each in /sys/block/[shv]d*; do [ -e "$each" ] && basename "$each"; done; }
+interfaces() { for each in /sys/class/net/*/device; do [ -e "$each" ] && basename "$(dirname "$each")"; done; }
+
+# Drivers find their devices some time after they are loaded: wait until the list has been still for a second, 15 seconds at most.
+before=none
+for _ in $(seq 15); do
+  now="$(disks) $(interfaces)"
+  [ "$now" = "$before" ] && [ -n "$(disks)" ] && break
+  before="$now"
+  sleep 1
+done
+
+tell_interface() {
+  say "mac=$(cat "/sys/class/net/$1/address") interface=$1 driver=$(basename "$(readlink "/sys/class/net/$1/device/driver")")"
+}
+
+tell_disk() {
+  bytes=$(($(cat "/sys/block/$1/size") * 512))
+  if declared virtlift.hash && [ "$bytes" -le 268435456 ]; then
+    say "disk=/dev/$1 bytes=$bytes sha256=$(sha256sum "/dev/$1" | cut -d' ' -f1)"
+  else
+    say "disk=/dev/$1 bytes=$bytes"
+  fi
+}
+
+# Tells what has appeared since the last call.
+told=""
+tell_new() {
+  for each in $(interfaces) $(disks); do
+    case " $told " in *" $each "*) continue ;; esac
+    told="$told $each"
+    if [ -e "/sys/class/net/$each" ]; then
+      tell_interface "$each"
+      declared virtlift.stay && udhcpc -b -i "$each" -s /dhcp > /dev/null 2>&1 &
+    else
+      tell_disk "$each"
+    fi
+  done
+}
+
+firmware=bios
+[ -e /sys/firmware/efi ] && firmware=uefi
+say "kernel=$(uname -r) firmware=$firmware vcpus=$(nproc) memory-kib=$(awk '/^MemTotal/ { print $2 }' /proc/meminfo) uuid=$(cat /sys/class/dmi/id/product_uuid 2> /dev/null)"
+tell_new
+say "done"
+
+if declared virtlift.stay; then
+  for event in /sys/class/input/event*; do
+    [ "$(cat "$event/device/name")" = "Power Button" ] || continue
+    (dd if="/dev/input/$(basename "$event")" of=/dev/null bs=24 count=1 2> /dev/null && say "power button" && sleep 1 && poweroff -f) &
+  done
+  while sleep 1; do tell_new; done
+fi
+# The serial port's last bytes leave the guest by interrupts, which power off does not wait for.
+sleep 1
+poweroff -f

@@ -1,0 +1,122 @@
+/** Finds a Pulumi CLI or obtains one: from PATH, from the user's cache, by the official installer, or built from pinned Go modules. */
+import { createHash } from "node:crypto";
+import { copyFile, mkdir, readFile } from "node:fs/promises";
+import { createRequire } from "node:module";
+import { homedir } from "node:os";
+import { delimiter, dirname, join } from "node:path";
+import { env } from "node:process";
+import { cachePath, exists, fillOnce } from "./cache.ts";
+import { runCommand } from "./command.ts";
+import { type Note, step } from "./steps.ts";
+
+/** The oldest CLI that the package's peer range of @pulumi/pulumi goes with. */
+const OLDEST_CLI = [3, 205, 0] as const;
+const BUILD_TIMEOUT_MS = 45 * 60_000;
+
+/** `modules` is the folder beside this file with go.mod and go.sum. The version must be linked in, or the Automation API cannot read it. */
+const GO_BUILDS = [
+  { name: "pulumi", modules: "pulumi-cli", package: "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi", version: "v3.250.0" },
+  {
+    name: "pulumi-language-nodejs",
+    modules: "pulumi-language-nodejs",
+    package: "github.com/pulumi/pulumi/sdk/v3/nodejs/cmd/pulumi-language-nodejs",
+    version: "v3.68.0",
+  },
+] as const;
+
+/** The dynamic provider's launcher, which the engine looks for on PATH. */
+const DYNAMIC_PROVIDER_LAUNCHER = "pulumi-resource-pulumi-nodejs";
+
+/**
+ * The directory to put first on PATH: `pulumi`, the Node language host and the dynamic provider's launcher are in it, or already on PATH.
+ * Shows its steps. Throws Error with what was tried and what would help when there is no CLI to be had.
+ */
+export async function preparePulumi(): Promise<string> {
+  return step("Pulumi CLI", async (note) => {
+    const installed = await findOnPath();
+    if (installed !== undefined) {
+      note(`${installed.version} on PATH`);
+      return dirname(installed.path);
+    }
+    const directory = cachePath("pulumi", await hashPins());
+    await fillOnce(directory, (temporary) => obtain(temporary, note));
+    const bin = join(directory, "bin");
+    const { stdout } = await runCommand([join(bin, "pulumi"), "version"], { env: { ...env, PULUMI_SKIP_UPDATE_CHECK: "true" } });
+    note(`${stdout.trim()} in ${bin}`);
+    return bin;
+  });
+}
+
+/** A CLI that is new enough with a language host beside it or on PATH too. */
+async function findOnPath(): Promise<{ readonly path: string; readonly version: string } | undefined> {
+  const path = await findExecutable("pulumi");
+  if (path === undefined || (await findExecutable("pulumi-language-nodejs")) === undefined) return undefined;
+  const { stdout } = await runCommand([path, "version"], { env: { ...env, PULUMI_SKIP_UPDATE_CHECK: "true" } });
+  const version = stdout.trim();
+  const numbers = version.replace(/^v/, "").split(/[.+-]/).map(Number);
+  const difference = OLDEST_CLI.map((oldest, index) => (numbers[index] ?? 0) - oldest).find((each) => each !== 0) ?? 0;
+  return difference >= 0 ? { path, version } : undefined;
+}
+
+/** Absolute path of a program on PATH; undefined when there is none. */
+export async function findExecutable(name: string, directories = (env["PATH"] ?? "").split(delimiter)): Promise<string | undefined> {
+  for (const directory of directories) {
+    const path = join(directory, name);
+    if (directory !== "" && (await exists(path))) return path;
+  }
+  return undefined;
+}
+
+async function hashPins(): Promise<string> {
+  const hash = createHash("sha256");
+  for (const build of GO_BUILDS) {
+    for (const file of ["go.mod", "go.sum"]) hash.update(await readFile(join(import.meta.dirname, build.modules, file)));
+  }
+  return hash.digest("hex").slice(0, 16);
+}
+
+/** Fills `directory/bin`: by the official installer where it can be reached, else by the Go toolchain. */
+async function obtain(directory: string, note: Note): Promise<void> {
+  note("official installer");
+  const refusal = await installOfficially(directory);
+  if (refusal === undefined) return;
+  const go = await findExecutable("go", [
+    ...(env["PATH"] ?? "").split(delimiter),
+    "/usr/local/go/bin",
+    "/usr/lib/go/bin",
+    join(homedir(), "go/bin"),
+  ]);
+  if (go === undefined) {
+    throw new Error(
+      `no Pulumi CLI: none of version ${OLDEST_CLI.join(".")} or newer is on PATH, the official installer failed (${refusal}), and no Go toolchain is there to build it with; ` +
+        "install Pulumi (https://www.pulumi.com/docs/install) or Go (https://go.dev/dl), then run this again",
+    );
+  }
+  const bin = join(directory, "bin");
+  await mkdir(bin, { recursive: true });
+  for (const build of GO_BUILDS) {
+    note(`build ${build.name} ${build.version} from Go modules, some minutes (official installer: ${refusal})`);
+    const flags = `-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=${build.version}`;
+    await runCommand(
+      [go, "build", "-mod=readonly", "-tags", "osusergo,grpcnotrace", "-ldflags", flags, "-o", join(bin, build.name), build.package],
+      {
+        cwd: join(import.meta.dirname, build.modules),
+        env: { ...env, CGO_ENABLED: "0" },
+        timeoutMs: BUILD_TIMEOUT_MS,
+      },
+    );
+  }
+  const sdk = dirname(createRequire(import.meta.url).resolve("@pulumi/pulumi/package.json"));
+  await copyFile(join(sdk, DYNAMIC_PROVIDER_LAUNCHER), join(bin, DYNAMIC_PROVIDER_LAUNCHER));
+}
+
+/** Installs the CLI of the SDK's own version into `root/bin`; gives the reason when it cannot. */
+async function installOfficially(root: string): Promise<string | undefined> {
+  const { PulumiCommand } = await import("@pulumi/pulumi/automation/index.js");
+  try {
+    await PulumiCommand.install({ root });
+    return undefined;
+  } catch (error) {
+    return error instanceof Error ? (error.message.trim().split("\n").at(-1) ?? error.name) : String(error);
+  }
+}
