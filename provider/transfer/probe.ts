@@ -87,6 +87,12 @@ async function volumeFile(
   };
 }
 
+/** Removes the stamp that lay beside a volume, and the work folder when nothing else is in it. */
+export async function removeStamp(host: Host, finalPath: string, id: string): Promise<void> {
+  const work = posix.join(posix.dirname(finalPath), WORK_FOLDER);
+  await host.run(["sh", "-c", 'rm -f -- "$1/$2.stamp" "$1/$2.lock"; rmdir -- "$1" 2>/dev/null; exit 0', "virtlift", work, id]);
+}
+
 /** The stamp in a qcow2's header, if the file is one. */
 async function stampInside(host: Host, path: string): Promise<string | undefined> {
   const { stdout } = await host.run(["head", "-c", String(HEAD_BYTES), "--", path]);

@@ -24,6 +24,8 @@ export interface SourceFile {
   /** The name that messages show. */
   readonly name: string;
   readonly sizeBytes: number;
+  /** What the file occupies on this machine, holes left out; a member of an archive counts in full. */
+  readonly allocatedBytes: number;
   /** What the file's bytes must hash to; undefined when nobody says. */
   readonly expected: Digest | undefined;
   /** At most `length` bytes at `offset`, fewer only at the end. The buffer is the caller's. */
@@ -95,7 +97,13 @@ async function parse(
   for (const { name } of image.files) {
     const file = await resolve(name);
     const expected = name === "" ? (declared ?? digestOf("")) : digestOf(name);
-    files.push({ name: file.name, sizeBytes: file.sizeBytes, expected, read: (offset, length) => file.read(offset, length) });
+    files.push({
+      name: file.name,
+      sizeBytes: file.sizeBytes,
+      allocatedBytes: file.allocatedBytes,
+      expected,
+      read: (offset, length) => file.read(offset, length),
+    });
   }
   notes.push(...image.notes);
   if (files.some((file) => file.expected === undefined))
@@ -216,7 +224,9 @@ class Folder {
       await handle.close();
       throw new DiskError(`${path} is not a regular file`, { step: "source", path });
     }
-    const range = new Range(basename(path), Number(stat.size), (offset, length) => readFully(handle, path, offset, length));
+    const range = new Range(basename(path), Number(stat.size), Number(stat.blocks) * 512, (offset, length) =>
+      readFully(handle, path, offset, length),
+    );
     return { handle, range, seen: identity(stat), path };
   }
 
@@ -268,13 +278,15 @@ async function readFully(handle: FileHandle, path: string, offset: number, lengt
 class Range {
   readonly name: string;
   readonly sizeBytes: number;
+  readonly allocatedBytes: number;
   readonly #readAt: (offset: number, length: number) => Promise<Buffer>;
   readonly #blocks = new Map<number, Promise<Buffer>>();
   readonly #slices = new Map<string, Range>();
 
-  constructor(name: string, sizeBytes: number, readAt: (offset: number, length: number) => Promise<Buffer>) {
+  constructor(name: string, sizeBytes: number, allocatedBytes: number, readAt: (offset: number, length: number) => Promise<Buffer>) {
     this.name = name;
     this.sizeBytes = sizeBytes;
+    this.allocatedBytes = allocatedBytes;
     this.#readAt = readAt;
   }
 
@@ -295,7 +307,7 @@ class Range {
   slice(name: string, offset: number, sizeBytes: number): Range {
     let slice = this.#slices.get(name);
     if (!slice) {
-      slice = new Range(name, sizeBytes, (at, length) => this.read(offset + at, length));
+      slice = new Range(name, sizeBytes, sizeBytes, (at, length) => this.read(offset + at, length));
       this.#slices.set(name, slice);
     }
     return slice;

@@ -1,0 +1,50 @@
+/** Who uses a volume: machines by any of their disks, other volumes by their backing file. */
+import { XMLParser } from "fast-xml-parser";
+import { isNotFound } from "../errors.ts";
+import type { Libvirt } from "../libvirt/client.ts";
+
+const parser = new XMLParser({ ignoreAttributes: false, attributeNamePrefix: "", parseTagValue: false });
+
+/** VIR_DOMAIN_XML_INACTIVE of libvirt-domain.h. */
+const XML_INACTIVE = 2;
+
+/** Names of the machines, running or only defined, that name the path anywhere among their disks, backing chains and mirrors included. */
+export async function domainsUsing(libvirt: Libvirt, path: string): Promise<readonly string[]> {
+  const users: string[] = [];
+  for (const domain of await libvirt.connectListAllDomains()) {
+    const descriptions = await Promise.all([0, XML_INACTIVE].map((flags) => goneAs(libvirt.domainGetXMLDesc(domain, flags), "")));
+    if (descriptions.some((xml) => xml.includes("<disk") && mentions(parser.parse(xml), path))) users.push(domain.name);
+  }
+  return users;
+}
+
+/** Names of the pool's volumes that have the path as their backing file. */
+export async function volumesBackedBy(libvirt: Libvirt, poolName: string, path: string): Promise<readonly string[]> {
+  const pool = await libvirt.storagePoolLookupByName(poolName);
+  const backed: string[] = [];
+  for (const volume of await libvirt.storagePoolListAllVolumes(pool)) {
+    const xml = await goneAs(libvirt.storageVolGetXMLDesc(volume), "");
+    if (
+      xml.includes("<backingStore>") &&
+      mentions((parser.parse(xml) as { volume?: { backingStore?: unknown } }).volume?.backingStore, path)
+    )
+      backed.push(volume.name);
+  }
+  return backed;
+}
+
+/** Another user may remove a thing between the list and the look at it. */
+async function goneAs<T>(asked: Promise<T>, value: T): Promise<T> {
+  try {
+    return await asked;
+  } catch (error) {
+    if (isNotFound(error)) return value;
+    throw error;
+  }
+}
+
+/** Whether any value inside equals the path. */
+function mentions(node: unknown, path: string): boolean {
+  if (typeof node === "string") return node === path;
+  return typeof node === "object" && node !== null && Object.values(node).some((value) => mentions(value, path));
+}
