@@ -2,7 +2,7 @@
  * The only door to the provider: one handler for each resource, under the names by which every state that was ever stored asks for it.
  * Only this file reads the process's environment and arguments. It is loaded by `require`, so nothing below it may await at its top level.
  */
-import { homedir } from "node:os";
+import { homedir, userInfo } from "node:os";
 import { Calls, engineGone, parseEngineAddress } from "./engine.ts";
 import type { Hosts } from "./host/hosts.ts";
 import type { Context } from "./resources/resource.ts";
@@ -31,7 +31,13 @@ async function open(): Promise<Hosts> {
   // The engine interrupts its providers at every end, also a normal one, and kills them 5 s later.
   process.once("SIGINT", () => void shutDown("Pulumi's engine stopped this update"));
   const { createHosts } = await import("./host/open.ts");
-  return createHosts({ environment: process.env, homeDirectory: homedir() });
+  return createHosts({
+    environment: process.env,
+    homeDirectory: homedir(),
+    // An account without an entry in passwd, as in some containers, has no other name.
+    userName: process.env["USER"] ?? userInfo().username,
+    userId: process.geteuid?.() ?? -1,
+  });
 }
 
 async function shutDown(reason: string): Promise<void> {
