@@ -29,33 +29,39 @@ const DYNAMIC_PROVIDER_LAUNCHER = "pulumi-resource-pulumi-nodejs";
 
 /**
  * The directory to put first on PATH: `pulumi`, the Node language host and the dynamic provider's launcher are in it, or already on PATH.
- * Shows its steps. Throws Error with what was tried and what would help when there is no CLI to be had.
+ * Shows its step. Throws Error with what was tried and what would help when there is no CLI to be had.
  */
 export async function preparePulumi(): Promise<string> {
   return step("Pulumi CLI", async (note) => {
-    const installed = await findOnPath();
-    if (installed !== undefined) {
-      note(`${installed.version} on PATH`);
-      return dirname(installed.path);
-    }
-    const directory = cachePath("pulumi", await hashPins());
-    await fillOnce(directory, (temporary) => obtain(temporary, note));
-    const bin = join(directory, "bin");
+    const bin = (await findPulumi()) ?? (await obtainOnce(note));
     const { stdout } = await runCommand([join(bin, "pulumi"), "version"], { env: { ...env, PULUMI_SKIP_UPDATE_CHECK: "true" } });
     note(`${stdout.trim()} in ${bin}`);
     return bin;
   });
 }
 
-/** A CLI that is new enough with a language host beside it or on PATH too. */
-async function findOnPath(): Promise<{ readonly path: string; readonly version: string } | undefined> {
+/** As `preparePulumi`, with what is there already and without a word; undefined when nothing is. */
+export async function findPulumi(): Promise<string | undefined> {
+  const installed = await findOnPath();
+  if (installed !== undefined) return installed;
+  const cached = await cachedRoot();
+  return (await exists(cached)) ? join(cached, "bin") : undefined;
+}
+
+async function obtainOnce(note: Note): Promise<string> {
+  const root = await cachedRoot();
+  await fillOnce(root, (temporary) => obtain(temporary, note));
+  return join(root, "bin");
+}
+
+/** The directory of a CLI that is new enough, where its language host is on PATH too. */
+async function findOnPath(): Promise<string | undefined> {
   const path = await findExecutable("pulumi");
   if (path === undefined || (await findExecutable("pulumi-language-nodejs")) === undefined) return undefined;
   const { stdout } = await runCommand([path, "version"], { env: { ...env, PULUMI_SKIP_UPDATE_CHECK: "true" } });
-  const version = stdout.trim();
-  const numbers = version.replace(/^v/, "").split(/[.+-]/).map(Number);
+  const numbers = stdout.trim().replace(/^v/, "").split(/[.+-]/).map(Number);
   const difference = OLDEST_CLI.map((oldest, index) => (numbers[index] ?? 0) - oldest).find((each) => each !== 0) ?? 0;
-  return difference >= 0 ? { path, version } : undefined;
+  return difference >= 0 ? dirname(path) : undefined;
 }
 
 /** Absolute path of a program on PATH; undefined when there is none. */
@@ -67,12 +73,13 @@ export async function findExecutable(name: string, directories = (env["PATH"] ??
   return undefined;
 }
 
-async function hashPins(): Promise<string> {
+/** The folder of the CLI in the cache, named by the hash of all that pins it. */
+async function cachedRoot(): Promise<string> {
   const hash = createHash("sha256");
   for (const build of GO_BUILDS) {
     for (const file of ["go.mod", "go.sum"]) hash.update(await readFile(join(import.meta.dirname, build.modules, file)));
   }
-  return hash.digest("hex").slice(0, 16);
+  return cachePath("pulumi", hash.digest("hex").slice(0, 16));
 }
 
 /** Fills `directory/bin`: by the official installer where it can be reached, else by the Go toolchain. */
@@ -95,7 +102,7 @@ async function obtain(directory: string, note: Note): Promise<void> {
   const bin = join(directory, "bin");
   await mkdir(bin, { recursive: true });
   for (const build of GO_BUILDS) {
-    note(`build ${build.name} ${build.version} from Go modules, some minutes (official installer: ${refusal})`);
+    note(`building ${build.name} ${build.version} from pinned Go modules, which takes some minutes`);
     const flags = `-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=${build.version}`;
     await runCommand(
       [go, "build", "-mod=readonly", "-tags", "osusergo,grpcnotrace", "-ldflags", flags, "-o", join(bin, build.name), build.package],
