@@ -47,8 +47,8 @@ export const file: Resource<FileInputs, FileState> = {
     const { path, content = context.config("project:content"), seal } = news as { path?: string; content?: string; seal?: string };
     if (content === "unreachable")
       throw new LibvirtError("the host does not answer", { code: 12, domain: 7, procedure: "DomainDefineXML" });
-    const inputs = { path, content, seal, sizeBytes: content === UNKNOWN ? UNKNOWN : (content?.length ?? 0), ...(olds && { again: true }) };
-    context.log("info", `checked ${path}\nin one line`);
+    const inputs = { path, content, seal, sizeBytes: content === UNKNOWN ? UNKNOWN : (content?.length ?? 0) };
+    context.log("info", `checked ${path}${olds === undefined ? "" : " again"}\nin one line`);
     return {
       inputs: inputs as FileInputs,
       failures: path === undefined ? [{ property: "path", reason: "path is missing: give the path of the file" }] : [],
