@@ -1,8 +1,6 @@
 /** ImportedDisk: a disk of any common format becomes a verified volume in a pool of a libvirt host. */
 import { createHash } from "node:crypto";
 import { posix } from "node:path";
-import { setTimeout as sleep } from "node:timers/promises";
-import { XMLParser } from "fast-xml-parser";
 import type { z } from "zod";
 import { CommandError, ConnectionError, DiskError, isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
@@ -12,14 +10,11 @@ import { probe, removeStamp, type Stamp, type VolumeFile } from "../transfer/pro
 import { openSource, type OpenSource } from "../transfer/source.ts";
 import { configuredHost, daemonOf, openHost } from "./connect.ts";
 import { parseArgs } from "./parse.ts";
+import { PoolError, poolFolder, refreshPool } from "./pool.ts";
 import type { CheckFailure, Context, PropertyChange, Resource } from "./resource.ts";
 import { ImportedDiskSchema } from "./schema.ts";
 import { UNKNOWN } from "./unknown.ts";
 import { domainsUsing, volumesBackedBy } from "./usage.ts";
-
-/** virErrorNumber of virterror.h. */
-const NO_STORAGE_POOL = 49;
-const STORAGE_POOL_RUNNING = 2;
 
 type Args = z.output<typeof ImportedDiskSchema>;
 
@@ -97,7 +92,7 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
   const importId = hash(JSON.stringify([args.origin, declaration])).slice(0, 32);
   const placed: DiskInputs = { ...args, declaration, importId, diskId, volumeName, path: `/${volumeName}` };
   try {
-    const inputs = { ...placed, path: posix.join(await poolFolder(openHost(context, args.host), args), volumeName) };
+    const inputs = { ...placed, path: posix.join(await poolFolder(openHost(context, args.host), args.pool), volumeName) };
     return {
       inputs,
       failures: [...(olds ? await replacementFailures(context, olds, args) : []), ...(await placementFailures(context, inputs))],
@@ -139,39 +134,6 @@ function failureOf(error: unknown): CheckFailure {
   if (error instanceof ConnectionError || error instanceof CommandError || error instanceof LibvirtError)
     return { property: "host", reason: `host: ${error.message}` };
   throw error;
-}
-
-/** The pool is not one that a disk can be imported into. */
-class PoolError extends Error {}
-
-/** The folder of a directory pool that is active. Throws PoolError. */
-async function poolFolder(host: Host, { pool: name }: Pick<Args, "pool">): Promise<string> {
-  const libvirt = await host.libvirt();
-  let pool: Awaited<ReturnType<typeof libvirt.storagePoolLookupByName>>;
-  try {
-    pool = await libvirt.storagePoolLookupByName(name);
-  } catch (error) {
-    if (!(error instanceof LibvirtError) || error.code !== NO_STORAGE_POOL) throw error;
-    const names = (await libvirt.connectListAllStoragePools()).map((each) => each.name);
-    throw new PoolError(
-      `there is no pool ${name} on ${host.label}: ${names.length > 0 ? `it has ${names.join(", ")}` : "define one with virsh pool-define-as"}`,
-    );
-  }
-  if ((await libvirt.storagePoolGetInfo(pool)).state !== STORAGE_POOL_RUNNING) {
-    throw new PoolError(`the pool ${name} on ${host.label} is not active: virsh pool-start ${name}`);
-  }
-  const description: unknown = new XMLParser({ ignoreAttributes: false, processEntities: true }).parse(
-    await libvirt.storagePoolGetXMLDesc(pool),
-  );
-  const { type, path } = poolTarget(description);
-  if (type !== "dir" || !path.startsWith("/"))
-    throw new PoolError(`the pool ${name} on ${host.label} is of type ${type}: disks are imported into a pool of type dir`);
-  return path;
-}
-
-function poolTarget(description: unknown): { readonly type: string; readonly path: string } {
-  const { pool } = description as { pool?: { "@_type"?: string; target?: { path?: unknown } } };
-  return { type: pool?.["@_type"] ?? "", path: String(pool?.target?.path ?? "") };
 }
 
 /** Whether the disk that a changed declaration would replace may go: not when a guest has written to it. */
@@ -340,22 +302,6 @@ function outputsOf(stamp: Stamp, file: VolumeFile): Outputs | undefined {
   const { virtualSizeBytes, sourceDigest, contentDigest } = stamp as { [key: string]: unknown };
   if (typeof virtualSizeBytes !== "number" || typeof sourceDigest !== "string" || typeof contentDigest !== "string") return undefined;
   return { virtualSizeBytes, allocatedBytes: file.allocatedBytes, sourceDigest, contentDigest };
-}
-
-/** Makes libvirt see what changed in the pool's folder. Waits while it is busy with another volume. */
-async function refreshPool(host: Host, name: string): Promise<void> {
-  const libvirt = await host.libvirt();
-  const pool = await libvirt.storagePoolLookupByName(name);
-  for (let attempt = 1; ; attempt++) {
-    try {
-      return await libvirt.storagePoolRefresh(pool);
-    } catch (error) {
-      // VIR_ERR_INTERNAL_ERROR "pool has asynchronous jobs running": its own text is all that tells it apart. Source: storage_driver.c.
-      const busy = error instanceof LibvirtError && error.message.includes("asynchronous jobs running");
-      if (!busy || attempt === 60) throw error;
-      await sleep(1000);
-    }
-  }
 }
 
 async function read(context: Context, id: string, state: DiskState) {

@@ -56,7 +56,7 @@ export interface ImportResult {
  * After a cut (client, wire or host) the part stays and the next run goes on with it; after any other failure it is removed.
  */
 export async function importDisk(host: Host, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
-  await using part = await openPartFile(host, options);
+  const part = await openPartFile(host, options);
   try {
     return await fill(part, source, options);
   } catch (error) {
@@ -65,8 +65,21 @@ export async function importDisk(host: Host, source: OpenSource, options: Import
         ? new DiskError(`${source.path}: ${error.message}`, { step: "source", path: source.path, cause: error })
         : error;
     // A part that can never become this disk, or that fills the host's file system, helps nobody.
-    if (failure instanceof DiskError && !options.signal.aborted) await part.discard().catch(() => {});
+    if (failure instanceof DiskError && !options.signal.aborted) await discard(host, part, options);
     throw failure;
+  } finally {
+    await part[Symbol.asyncDispose]();
+  }
+}
+
+/** Removes a part whose receiver may have hung up. What cannot be removed stays in the work folder and is found by the next run. */
+async function discard(host: Host, part: PartFile, options: ImportOptions): Promise<void> {
+  await part[Symbol.asyncDispose]();
+  try {
+    await using again = await openPartFile(host, options);
+    await again.discard();
+  } catch {
+    // The failure that led here is the one to tell.
   }
 }
 

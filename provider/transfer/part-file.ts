@@ -16,7 +16,7 @@ const MAX_FRAMES_IN_FLIGHT = 3;
 /** Gaps up to this are filled with zeros rather than beginning a new frame. */
 const MAX_FILLED_GAP_BYTES = 64 * 1024;
 
-/** How long a dying predecessor may keep its lock. */
+/** How long a dying predecessor may keep its lock, unless told otherwise. */
 const LOCK_PATIENCE_MS = 15_000;
 
 /** The folder inside a pool's that holds what is not finished. A directory pool does not descend into it. */
@@ -31,12 +31,14 @@ export interface PartFileOptions {
   /** Absolute path of the volume-to-be. */
   readonly finalPath: string;
   readonly signal: AbortSignal;
+  /** How long to wait for the lock. Default 15,000. */
+  readonly lockPatienceMs?: number;
 }
 
 /** Opens the part file of an import on the host, taking its lock. Throws PathTaken when the final path exists, DiskError when another writer holds the lock. */
 export async function openPartFile(host: Host, options: PartFileOptions): Promise<PartFile> {
   const work = posix.join(posix.dirname(options.finalPath), WORK_FOLDER);
-  const deadline = Date.now() + LOCK_PATIENCE_MS;
+  const deadline = Date.now() + (options.lockPatienceMs ?? LOCK_PATIENCE_MS);
   for (;;) {
     const stream = await host.stream(["sh", "-c", RECEIVER, "virtlift", work, options.id, options.finalPath], { signal: options.signal });
     const part = new PartFile(stream, host.label, options.finalPath);
