@@ -1,12 +1,10 @@
-import { statSync, truncateSync } from "node:fs";
-import { readFile, writeFile } from "node:fs/promises";
+import { statSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { ImageError } from "../../provider/image/parser.ts";
-import { parseQcow2, readStamp } from "../../provider/image/qcow2.ts";
+import { parseQcow2 } from "../../provider/image/qcow2.ts";
 import { openDirectory } from "../bed/directory.ts";
-import { drive, fromBytes, fromFile, readGuest } from "./drive.ts";
-import { guestByQemu, mixedGuest, qemuImg, qemuIo, writeRaw } from "./qemu.ts";
+import { drive, fromFile, readGuest } from "./drive.ts";
+import { mixedGuest, qemuImg, writeRaw } from "./qemu.ts";
 
 const VARIANTS: readonly { readonly options: string; readonly compressed?: boolean; readonly granularity: number }[] = [
   { options: "compat=0.10", granularity: 65_536 },
