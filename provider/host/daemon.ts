@@ -30,7 +30,8 @@ export function daemonSockets(address: HostAddress, runtimeDirectories: readonly
 
 /** No socket is there, or nobody listens on it. */
 export function daemonMissing(label: string, sockets: readonly string[], cause?: unknown): ConnectionError {
-  const message = `no libvirt daemon answers on ${label} (${sockets.join(", ")}): start it there, by systemctl enable --now virtqemud.socket or libvirtd.socket`;
+  const shown = sockets.filter((path) => !path.startsWith("/var/run/"));
+  const message = `no libvirt daemon answers on ${label} at ${(shown.length > 0 ? shown : sockets).join(" or ")}: start it there, by systemctl enable --now virtqemud.socket or libvirtd.socket`;
   return new ConnectionError(message, { host: label, phase: "daemon", cause });
 }
 
@@ -89,7 +90,8 @@ export class DaemonDoor {
     } catch (error) {
       transport.io.destroy();
       // The transport's own reason, where it has one, says more than "closed".
-      if (error instanceof ConnectionError && (await settlesWithin(transport.done, REASON_TIMEOUT_MS))) await transport.done;
+      const broke = error instanceof ConnectionError && error.phase === "closed";
+      if (broke && (await settlesWithin(transport.done, REASON_TIMEOUT_MS))) await transport.done;
       throw error;
     }
   }

@@ -1,7 +1,7 @@
 /** One SSH connection, through jump hosts where there are any: finding the host, proving who it is, logging in. Knows no commands. */
 import { createConnection } from "node:net";
 import type { Duplex } from "node:stream";
-import { Client, type ClientChannel } from "ssh2";
+import ssh2, { type Client, type ClientChannel } from "ssh2";
 import { ConnectionError, type ConnectionPhase } from "../errors.ts";
 import {
   addKnownHost,
@@ -275,7 +275,7 @@ async function logIn(
   verify: (key: Buffer) => Promise<void>,
 ): Promise<Client> {
   const { label, settings } = hop;
-  const client = new Client();
+  const client = new ssh2.Client();
   const tried: string[] = [];
   let accepts: readonly string[] = [];
   let refusal: unknown;

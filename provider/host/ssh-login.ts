@@ -1,6 +1,6 @@
 /** Who we are to an SSH server: the keys, agents and passwords to try, in the order of ssh(1). Connects to an agent, never to a server. */
 import { readFile, stat } from "node:fs/promises";
-import { type AnyAuthMethod, BaseAgent, createAgent, type ParsedKey, type SignCallback, type SigningRequestOptions, utils } from "ssh2";
+import ssh2, { type AnyAuthMethod, type BaseAgent, type ParsedKey, type SignCallback, type SigningRequestOptions } from "ssh2";
 import { ConnectionError } from "../errors.ts";
 import { fingerprintOf } from "./known-hosts.ts";
 import type { SshSettings } from "./ssh-config.ts";
@@ -50,7 +50,7 @@ export async function planLogin(settings: SshSettings, credentials: Credentials,
   const { user } = settings;
   const attempts: LoginAttempt[] = [];
   const remarks: string[] = [];
-  const agent = settings.agentSocket === undefined ? undefined : createAgent(settings.agentSocket);
+  const agent = settings.agentSocket === undefined ? undefined : ssh2.createAgent(settings.agentSocket);
   const agentKeys = await listAgentKeys(agent, settings.agentSocket, remarks);
   const offered = new Set<string>();
   const offerAgentKey = (key: ParsedKey): void => {
@@ -115,7 +115,7 @@ export async function planLogin(settings: SshSettings, credentials: Credentials,
 type PromptArguments = Parameters<Extract<AnyAuthMethod, { readonly type: "keyboard-interactive" }>["prompt"]>;
 
 /** An agent that shows one of its keys, so that each key is an attempt of its own. */
-class OneKeyAgent extends BaseAgent<ParsedKey> {
+class OneKeyAgent extends ssh2.BaseAgent<ParsedKey> {
   readonly #agent: BaseAgent;
   readonly #key: ParsedKey;
 
@@ -189,7 +189,7 @@ async function readKeyFile(path: string, passphrase: string | undefined): Promis
 
 function parseKey(text: Buffer, passphrase: string | undefined): ParsedKey | Error {
   // ssh2 gives an array for files with several keys, which its types do not know.
-  const parsed: unknown = utils.parseKey(text, passphrase);
+  const parsed: unknown = ssh2.utils.parseKey(text, passphrase);
   const first: unknown = Array.isArray(parsed) ? parsed[0] : parsed;
   if (first instanceof Error) return first;
   return isParsedKey(first) ? first : new Error("no key in the file");
