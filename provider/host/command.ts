@@ -46,8 +46,8 @@ export interface CommandContext {
  * for a whole one. Its writing side fails with code EPIPE when the command exited 0 without reading all.
  */
 export class Command implements HostStream {
-  readonly io: Duplex;
   readonly done: Promise<void>;
+  readonly #io: CommandIo;
   readonly #process: HostProcess;
   readonly #context: CommandContext;
   #stderr = "";
@@ -59,7 +59,7 @@ export class Command implements HostStream {
     this.#process = process;
     this.#context = context;
     const io = new CommandIo(process, () => this.kill());
-    this.io = io;
+    this.#io = io;
     // `done` carries the same error: without a listener here, whoever only awaits `done` would crash.
     io.on("error", () => {});
     process.stderr.setEncoding("utf8");
@@ -94,6 +94,10 @@ export class Command implements HostStream {
     if (signal?.aborted) onAbort();
   }
 
+  get io(): Duplex {
+    return this.#io;
+  }
+
   /** What the command wrote to stderr so far: at most the last 64 Ki characters. */
   get stderr(): string {
     return this.#stderr;
@@ -111,7 +115,8 @@ export class Command implements HostStream {
     if (this.#hasEnded || this.#killReason !== undefined) return;
     this.#killReason = reason;
     this.#process.kill();
-    this.#process.stdout.resume();
+    // What is still on its way is thrown away: a process is not over before its output has been read.
+    this.#io.fail(reason);
     const grace = setTimeout(() => this.#giveUp(reason), KILL_GRACE_MS);
     this.done.catch(() => {}).finally(() => clearTimeout(grace));
   }
@@ -271,6 +276,7 @@ class CommandIo extends Duplex {
     this.#refuseWrite();
   }
 
+  /** The command failed, was killed, or is out of reach. */
   fail(error: Error): void {
     this.#hasEnded = true;
     this.destroy(error);
