@@ -4,7 +4,7 @@
  */
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
-import { chmod, mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pipeline } from "node:stream/promises";
@@ -62,7 +62,7 @@ export interface GuestOptions {
 }
 
 export interface GuestImage {
-  /** In the cache, shared by all, read-only: copy it before changing it. */
+  /** In the cache, shared by all: copy it before a machine runs on it. */
   readonly path: string;
   readonly format: GuestFormat;
   readonly virtualSizeBytes: number;
@@ -91,7 +91,6 @@ export async function prepareGuest(format: GuestFormat = "raw", options: GuestOp
   const name = `disk.${format === "qcow2" ? "qcow2" : "vmdk"}`;
   await fillOnce(converted, async (temporary) => {
     await runCommand(["qemu-img", "convert", "-f", "raw", ...DRIVE_FORMATS[format], raw, join(temporary, name)]);
-    await chmod(join(temporary, name), 0o444);
   });
   return { ...image, path: join(converted, name) };
 }
@@ -171,7 +170,6 @@ async function writeDisk(
   await put("/loader/loader.conf", Buffer.from("default virtlift.conf\ntimeout 0\n"));
   await put("/loader/entries/virtlift.conf", Buffer.from(`title virtlift\nlinux /vmlinuz\ninitrd /initrd.gz\noptions ${commandLine}\n`));
   await runCommand(["syslinux", "--install", "--offset", String(offsetBytes), path]);
-  await chmod(path, 0o444);
 }
 
 /** Boot code of syslinux and one active partition. Source of the layout: UEFI Specification 2.10, 5.2.1 Legacy Master Boot Record. */

@@ -1,5 +1,5 @@
 /** A real sshd for one test: its own keys, its own port on loopback, no system service. */
-import { mkdir, readFile, writeFile } from "node:fs/promises";
+import { chmod, mkdir, readFile, writeFile } from "node:fs/promises";
 import { createConnection, createServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { once } from "node:events";
@@ -30,6 +30,8 @@ export interface SshdOptions {
   readonly hostKeyTypes?: readonly SshKeyType[];
   /** Host keys to use instead of new ones, so that a server can come back as itself. */
   readonly hostKeys?: readonly SshKey[];
+  /** Key that may log in, instead of a new one. */
+  readonly clientKey?: SshKey;
   /** Further public keys that may log in, besides `Sshd.clientKey`. */
   readonly authorizedKeys?: readonly string[];
   /** Lines of sshd_config(5) that are put before ours, and so win. */
@@ -38,6 +40,8 @@ export interface SshdOptions {
   readonly port?: number;
   /** Default 127.0.0.1. */
   readonly listenAddress?: string;
+  /** Put before sshd's argv: a command that runs it elsewhere, such as nsenter(1). Default: nothing. */
+  readonly prefix?: readonly string[];
 }
 
 export interface Sshd extends AsyncDisposable {
@@ -59,11 +63,13 @@ export interface Sshd extends AsyncDisposable {
 export async function openSshd(options: SshdOptions = {}): Promise<Sshd> {
   await using stack = new AsyncDisposableStack();
   const directory = stack.use(await openDirectory("sshd")).path;
+  // sshd reads authorized_keys as the user who logs in.
+  await chmod(directory, 0o711);
   const address = options.listenAddress ?? "127.0.0.1";
   const hostKeys =
     options.hostKeys ??
     (await Promise.all((options.hostKeyTypes ?? ["ed25519"]).map((type) => makeSshKey(join(directory, `host-${type}`), { type }))));
-  const clientKey = await makeSshKey(join(directory, "client"));
+  const clientKey = options.clientKey ?? (await makeSshKey(join(directory, "client")));
   await writeFile(join(directory, "authorized_keys"), [clientKey.publicKey, ...(options.authorizedKeys ?? []), ""].join("\n"));
   // sshd refuses to start as root without its privilege separation folder, which the system's service makes at boot.
   if (process.getuid?.() === 0) await mkdir("/run/sshd", { recursive: true, mode: 0o755 });
@@ -75,7 +81,9 @@ export async function openSshd(options: SshdOptions = {}): Promise<Sshd> {
     try {
       return {
         port,
-        daemon: await openDaemon(["/usr/sbin/sshd", "-D", "-e", "-f", configPath], { ready: () => isListening(address, port) }),
+        daemon: await openDaemon([...(options.prefix ?? []), "/usr/sbin/sshd", "-D", "-e", "-f", configPath], {
+          ready: () => isListening(address, port),
+        }),
       };
     } catch (error) {
       const portTaken = error instanceof Error && error.message.includes("Address already in use");
