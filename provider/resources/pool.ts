@@ -47,8 +47,8 @@ export async function directoryPools(host: Host): Promise<readonly { readonly na
 
 function describe(xml: string): { readonly type: string; readonly path: string } {
   const parsed: unknown = new XMLParser({ ignoreAttributes: false, parseTagValue: false }).parse(xml);
-  const { pool } = parsed as { pool?: { "@_type"?: string; target?: { path?: unknown } } };
-  return { type: pool?.["@_type"] ?? "", path: String(pool?.target?.path ?? "") };
+  const { pool } = parsed as { pool?: { "@_type"?: string; target?: { path?: string } } };
+  return { type: pool?.["@_type"] ?? "", path: pool?.target?.path ?? "" };
 }
 
 /** Makes libvirt see what changed in the pool's folder. Waits while it is busy with another volume. */

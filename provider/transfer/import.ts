@@ -5,8 +5,9 @@ import { inflate, inflateRaw, deflateRaw, zstdDecompress } from "node:zlib";
 import { DiskError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { ImageError } from "../image/parser.ts";
-import type { Run } from "../image/image.ts";
-import { Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
+import type { Run, RunList } from "../image/image.ts";
+import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
+import { zstdFrameLength } from "../image/zstd.ts";
 import { openPartFile, type PartFile } from "./part-file.ts";
 import type { OpenSource, SourceFile } from "./source.ts";
 
@@ -18,11 +19,12 @@ const MAX_DECODING = 64;
 /** A VMDK grain's marker: u64 LBA, u32 size of the zlib stream behind it. Source: VMware's Virtual Disk Format 5.0. */
 const GRAIN_MARKER_BYTES = 12;
 
-/** A qcow2's cluster, where the source has no smaller units; and what zeros of a raw volume are left out in. */
-const CLUSTER_BYTES = 64 * 1024;
-const ZEROS = Buffer.alloc(CLUSTER_BYTES);
+/** The largest cluster that any format compresses: qcow2's. */
+const MAX_CLUSTER_BYTES = 2 * 1024 * 1024;
 
-export type Layout = "sparse" | "compressed" | "full";
+/** What zeros of a raw volume are left out in. */
+const RAW_BLOCK_BYTES = 64 * 1024;
+const ZEROS = Buffer.alloc(RAW_BLOCK_BYTES);
 
 export interface ImportOptions {
   readonly id: string;
@@ -85,8 +87,9 @@ async function discard(host: Host, part: PartFile, options: ImportOptions): Prom
 
 async function fill(part: PartFile, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
   await part.resume();
-  const target = options.format === "qcow2" ? qcow2Target(part, source, options) : rawTarget(part, options);
-  const sourceDigest = await pump(source, target, options);
+  const runs = await source.runs();
+  const target = options.format === "qcow2" ? qcow2Target(part, source.image.granularityBytes, runs, options) : rawTarget(part, options);
+  const sourceDigest = await pump(source, runs, target, options);
   const contentDigest = await target.finish();
   await source.assertUnchanged();
   const importedAt = Math.floor(Date.now() / 1000);
@@ -108,9 +111,9 @@ interface Target {
   seal(stamp: Uint8Array): Promise<void>;
 }
 
-function qcow2Target(part: PartFile, source: OpenSource, options: ImportOptions): Target {
-  const clusterBytes = Math.min(CLUSTER_BYTES, Math.max(512, source.image.granularityBytes));
-  const writer = new Qcow2Writer({ virtualSizeBytes: options.capacityBytes, clusterBytes, layout: options.layout });
+function qcow2Target(part: PartFile, granularityBytes: number, runs: RunList, options: ImportOptions): Target {
+  const clusterBytes = chooseClusterBytes(runs, granularityBytes);
+  const writer = new Qcow2Writer({ virtualSizeBytes: options.capacityBytes, clusterBytes, layout: options.layout, pieces: runs });
   const hash = createHash("sha256");
   let end = clusterBytes;
   const send = async (writes: Iterable<Write>) => {
@@ -143,10 +146,10 @@ function qcow2Target(part: PartFile, source: OpenSource, options: ImportOptions)
 function rawTarget(part: PartFile, options: ImportOptions): Target {
   return {
     deflates: false,
-    clusterBytes: CLUSTER_BYTES,
+    clusterBytes: RAW_BLOCK_BYTES,
     write: async (virtualOffset, bytes) => {
-      for (let at = 0; at < bytes.length; at += CLUSTER_BYTES) {
-        const block = bytes.subarray(at, at + CLUSTER_BYTES);
+      for (let at = 0; at < bytes.length; at += RAW_BLOCK_BYTES) {
+        const block = bytes.subarray(at, at + RAW_BLOCK_BYTES);
         if (!isZero(block)) await part.write(virtualOffset + at, block);
       }
     },
@@ -164,8 +167,7 @@ function rawTarget(part: PartFile, options: ImportOptions): Target {
 }
 
 /** Moves all guest data, in the order in which the source's files hold it. Resolves with the source's digest when every expected one was met. */
-async function pump(source: OpenSource, target: Target, options: ImportOptions): Promise<string> {
-  const runs = await source.runs();
+async function pump(source: OpenSource, runs: RunList, target: Target, options: ImportOptions): Promise<string> {
   const totalBytes = source.files.reduce((sum, file) => sum + file.sizeBytes, 0);
   let doneBytes = 0;
   const readers = source.files.map(
@@ -182,7 +184,10 @@ async function pump(source: OpenSource, target: Target, options: ImportOptions):
     for (const run of runs) {
       const reader = readers[run.file]!;
       if (run.encoding !== "plain") {
-        decoding.push(decode(run, await reader.slice(run.fileOffset, run.storedBytes), target));
+        const decoded = decode(run, await reader.slice(run.fileOffset, run.storedBytes), source.image.virtualSizeBytes, target);
+        // Awaited in its turn; until then its failure must not be a stray one.
+        decoded.catch(() => {});
+        decoding.push(decoded);
         if (decoding.length >= MAX_DECODING) await next();
         continue;
       }
@@ -216,38 +221,39 @@ const zstdAsync = promisify<Uint8Array, { maxOutputLength: number }, Buffer>(zst
 const deflateRawAsync = promisify<Uint8Array, { level: number; windowBits: number }, Buffer>(deflateRaw);
 
 /** Starts inflating a cluster or grain; what it resolves with writes it. Throws ImageError when it is damaged. */
-async function decode(run: Run, stored: Uint8Array, target: Target): Promise<() => Promise<void>> {
+async function decode(run: Run, stored: Uint8Array, virtualSizeBytes: number, target: Target): Promise<() => Promise<void>> {
+  // The cluster that crosses the disk's end is stored whole.
+  const isLast = run.virtualOffset + run.lengthBytes === virtualSizeBytes;
   let bytes: Buffer;
   try {
-    bytes = await inflated(run, stored);
+    bytes = await inflated(run, stored, isLast ? MAX_CLUSTER_BYTES : run.lengthBytes);
   } catch (error) {
     if (error instanceof ImageError) throw error;
     const reason = error instanceof Error ? error.message : String(error);
     throw new ImageError(`the compressed data at ${run.fileOffset} is damaged: ${reason}`);
   }
-  if (bytes.length !== run.lengthBytes) {
+  if (bytes.length < run.lengthBytes || (bytes.length > run.lengthBytes && !isLast)) {
     throw new ImageError(`the compressed data at ${run.fileOffset} inflates to ${bytes.length} bytes instead of ${run.lengthBytes}`);
   }
-  return () => encode(run.virtualOffset, bytes, target);
+  return () => encode(run.virtualOffset, bytes.subarray(0, run.lengthBytes), target);
 }
 
-async function inflated(run: Run, stored: Uint8Array): Promise<Buffer> {
-  const limit = { maxOutputLength: run.lengthBytes };
+async function inflated(run: Run, stored: Uint8Array, maxOutputLength: number): Promise<Buffer> {
+  const limit = { maxOutputLength };
   switch (run.encoding) {
     case "grain": {
       const marker = new DataView(stored.buffer, stored.byteOffset, stored.byteLength);
       if (stored.length < GRAIN_MARKER_BYTES || Number(marker.getBigUint64(0, true)) * 512 !== run.virtualOffset) {
         throw new ImageError(`the grain at ${run.fileOffset} is not the one that the grain table names`);
       }
-      const size = marker.getUint32(8, true);
-      if (size > stored.length - GRAIN_MARKER_BYTES)
-        throw new ImageError(`the grain at ${run.fileOffset} is longer than the room before the next`);
-      return inflateAsync(stored.subarray(GRAIN_MARKER_BYTES, GRAIN_MARKER_BYTES + size), limit);
+      const end = GRAIN_MARKER_BYTES + marker.getUint32(8, true);
+      if (end > stored.length) throw new ImageError(`the grain at ${run.fileOffset} is longer than the room before the next`);
+      return inflateAsync(stored.subarray(GRAIN_MARKER_BYTES, end), limit);
     }
     case "deflate":
       return inflateRawAsync(stored, limit);
     case "zstd":
-      return zstdAsync(stored, limit);
+      return zstdAsync(stored.subarray(0, zstdFrameLength(stored)), limit);
     case "plain":
       throw new Error("a plain run is not inflated");
   }
@@ -273,9 +279,12 @@ async function encode(virtualOffset: number, bytes: Uint8Array, target: Target):
   }
 }
 
-/** Whether at most a cluster's bytes are all zero. */
 function isZero(bytes: Uint8Array): boolean {
-  return ZEROS.subarray(0, bytes.length).equals(bytes);
+  for (let at = 0; at < bytes.length; at += ZEROS.length) {
+    const block = bytes.subarray(at, at + ZEROS.length);
+    if (!ZEROS.subarray(0, block.length).equals(block)) return false;
+  }
+  return true;
 }
 
 /** Reads a file once from start to end, hashing it, and hands out ranges whose offsets never go back. */

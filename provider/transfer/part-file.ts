@@ -286,31 +286,34 @@ function parseHave(answer: string): { readonly key: string; readonly digest: str
 
 /** The receiver's lines, one at a time; rejects when it ended instead of answering. */
 class Answers {
-  readonly #lines: AsyncIterator<string>;
-  readonly #stream: HostStream;
   readonly #explain: (error: unknown) => Error;
+  readonly #lines: string[] = [];
+  #end: Error | undefined;
+  #wake: () => void = () => {};
 
   constructor(stream: HostStream, explain: (error: unknown) => Error) {
-    this.#stream = stream;
     this.#explain = explain;
-    this.#lines = createInterface({ input: stream.io, crlfDelay: Infinity })[Symbol.asyncIterator]();
-    // Awaited in next(); a failure before anyone asks must not be a stray rejection.
-    stream.done.catch(() => {});
+    const lines = createInterface({ input: stream.io, crlfDelay: Infinity });
+    lines.on("line", (line) => {
+      this.#lines.push(line);
+      this.#wake();
+    });
+    const end = (reason: Error) => {
+      this.#end ??= reason;
+      this.#wake();
+    };
+    // After a clean end every line was delivered; a broken stream may never close its reader.
+    lines.on("close", () => end(new Error("the receiver on the host ended before its work was done")));
+    lines.on("error", () => {});
+    stream.done.catch((error: unknown) => end(this.#explain(error)));
   }
 
   async next(): Promise<string> {
-    let line: IteratorResult<string>;
-    try {
-      line = await this.#lines.next();
-    } catch (error) {
-      throw this.#explain(error);
+    for (;;) {
+      const line = this.#lines.shift();
+      if (line !== undefined) return line;
+      if (this.#end !== undefined) throw this.#end;
+      await new Promise<void>((resolve) => (this.#wake = resolve));
     }
-    if (!line.done) return line.value;
-    try {
-      await this.#stream.done;
-    } catch (error) {
-      throw this.#explain(error);
-    }
-    throw new Error("the receiver on the host ended before its work was done");
   }
 }

@@ -17,7 +17,7 @@
  * | `publish SECONDS`     | sets the time, links the part to the path without overwriting       | `published BYTES-ALLOCATED`, or `exists`   |
  * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
  *
- * Whatever fails answers `error SENTENCE` and ends. The lock file is removed at the end of a finished or discarded import, so whoever takes the
+ * Whatever fails answers `error SENTENCE` and ends, with exit 0: an answer was given. The lock file is removed at the end of a finished or discarded import, so whoever takes the
  * lock checks that the file he locked is still the one under that name.
  *
  * Sources: dd(1) and sync(1) of coreutils (`iflag=fullblock,count_bytes`, `sync FILE` since 8.24), flock(1) of util-linux.
@@ -27,7 +27,7 @@ set -u
 umask 077
 work=$1 id=$2 final=$3
 part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp
-fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 1; }
+fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 0; }
 if command -v openssl >/dev/null 2>&1; then sha='openssl dgst -sha256 -r'; else sha=sha256sum; fi
 hash() {
   digest=$(dd if="$part" bs=1048576 iflag=skip_bytes,count_bytes skip="$1" count="$2" status=none | $sha)
@@ -56,7 +56,7 @@ while IFS=' ' read -r verb first second; do
     echo ok ;;
   write)
     message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
-    printf '%s %s\\n' "$first" "$second" >>"$journal" || fail "cannot write $journal"
+    message=$({ printf '%s %s\\n' "$first" "$second" >>"$journal"; } 2>&1) || fail "cannot write $journal: $message"
     hash "$first" "$second" 9>&- </dev/null & ;;
   size)
     message=$(truncate -s "$first" -- "$part" 2>&1) || fail "$message"

@@ -5,8 +5,8 @@ import { basename, dirname, join } from "node:path";
 import { DiskError } from "../errors.ts";
 import type { DiskImage, ImageFormat, RunList } from "../image/image.ts";
 import { openImage } from "../image/open.ts";
-import { selectDisk } from "../image/ova.ts";
-import { parseDigest, type Digest } from "../image/manifest.ts";
+import { type Digest, type Manifest, parseDigest } from "../image/manifest.ts";
+import { openOva, openOvf, selectDisk } from "../image/ova.ts";
 import { ImageError, MAX_READ_BYTES, type Answer, type Ask, type Parser } from "../image/parser.ts";
 
 /** Blocks that the parsers' many small reads are answered from. */
@@ -80,39 +80,27 @@ async function parse(
   path: string,
   options: { readonly checksum?: string | undefined; readonly format?: ImageFormat },
 ): Promise<OpenSource> {
-  const main = await folder.file("");
-  const notes: string[] = [];
-  let resolve: Resolve = (name) => folder.file(name);
-  let digestOf: (name: string) => Digest | undefined = () => undefined;
-  if ("ova" in spec) {
-    const selected = await drive(selectDisk(main.sizeBytes, spec.disk), resolve);
-    notes.push(...selected.notes);
-    digestOf = (name) => selected.digests.get(name === "" ? selected.file : name);
-    resolve = ovaFiles(folder, selected);
-  }
+  const { resolve, digests, notes } = "ova" in spec ? await unpack(folder, spec.ova, spec.disk) : plain(folder);
   const disk = await resolve("");
   const image = await drive(openImage({ sizeBytes: disk.sizeBytes, ...(options.format && { format: options.format }) }), resolve);
   const declared = options.checksum === undefined ? undefined : parseDigest(options.checksum);
   const files: SourceFile[] = [];
   for (const { name } of image.files) {
     const file = await resolve(name);
-    const expected = name === "" ? (declared ?? digestOf("")) : digestOf(name);
-    files.push({
-      name: file.name,
-      sizeBytes: file.sizeBytes,
-      allocatedBytes: file.allocatedBytes,
-      expected,
-      read: (offset, length) => file.read(offset, length),
-    });
+    const expected = (name === "" ? declared : undefined) ?? digests?.get(file.name);
+    const { sizeBytes, allocatedBytes } = file;
+    files.push({ name: file.name, sizeBytes, allocatedBytes, expected, read: (offset, length) => file.read(offset, length) });
   }
-  notes.push(...image.notes);
-  if (files.some((file) => file.expected === undefined))
-    notes.push("no checksum vouches for the source: give `checksum`, or an OVA with a manifest");
+  const isVouched = files.every((file) => file.expected !== undefined);
   return {
     path,
     image,
     files,
-    notes,
+    notes: [
+      ...notes,
+      ...image.notes,
+      ...(isVouched ? [] : ["no checksum vouches for the source: give `checksum`, or an OVA with a manifest"]),
+    ],
     runs: async () => {
       try {
         return await drive(image.runs(), resolve);
@@ -128,22 +116,28 @@ async function parse(
 /** Opens a file by the name that a parser gave; "" is the image itself. */
 type Resolve = (name: string) => Promise<Range>;
 
-/** The members of an OVA, or the files beside an OVF. */
-function ovaFiles(
-  folder: Folder,
-  selected: {
-    readonly file: string;
-    readonly members: ReadonlyMap<string, { readonly offset: number; readonly sizeBytes: number }> | undefined;
-  },
-): Resolve {
-  const { members } = selected;
-  return async (name) => {
-    const wanted = name === "" ? selected.file : name;
-    if (!members) return folder.file(wanted);
-    const member = members.get(wanted);
-    if (!member) throw new ImageError(`the archive has no member ${JSON.stringify(wanted)}`);
-    return (await folder.file("")).slice(wanted, member.offset, member.sizeBytes);
+interface Unpacked {
+  readonly resolve: Resolve;
+  /** What a manifest says of the files, by name. */
+  readonly digests: Manifest | undefined;
+  readonly notes: readonly string[];
+}
+
+function plain(folder: Folder): Unpacked {
+  return { resolve: (name) => folder.file(name), digests: undefined, notes: [] };
+}
+
+/** A disk of a machine in an OVA, or in an OVF beside its files. */
+async function unpack(folder: Folder, path: string, wanted: string | number | undefined): Promise<Unpacked> {
+  const { sizeBytes } = await folder.file("");
+  const isDescriptor = path.toLowerCase().endsWith(".ovf");
+  const machine = await drive(isDescriptor ? openOvf(basename(path), sizeBytes) : openOva(sizeBytes), (name) => folder.file(name));
+  const { place } = selectDisk(machine.disks, wanted);
+  const resolve: Resolve = async (name) => {
+    if (name === "" || name === place.name) return (await folder.file(place.file)).slice(place.name, place.offset, place.sizeBytes);
+    throw new ImageError(`${place.name} is only a part of a disk: a package holds each disk in one file`);
   };
+  return { resolve, digests: machine.manifest, notes: machine.notes };
 }
 
 /**
@@ -240,7 +234,7 @@ class Folder {
 
   async close(): Promise<void> {
     const opened = await Promise.allSettled(this.#open.values());
-    await Promise.all(opened.map((result) => (result.status === "fulfilled" ? result.value.handle.close() : undefined)));
+    await Promise.all(opened.filter((result) => result.status === "fulfilled").map(({ value }) => value.handle.close()));
   }
 }
 

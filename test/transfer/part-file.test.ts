@@ -1,17 +1,12 @@
 import { createHash, randomBytes } from "node:crypto";
-import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { mkdir, readdir, readFile, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
-import { promisify } from "node:util";
 import { describe, expect, it } from "vitest";
-import { DiskError } from "../../provider/errors.ts";
 import { createHosts } from "../../provider/host/open.ts";
 import { FRAME_BYTES, openPartFile, PathTaken, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { openDirectory } from "../bed/directory.ts";
-
-const execute = promisify(execFile);
 
 /** A folder that stands for a pool's, this machine as host, and the part of one import. */
 async function openPool() {
@@ -162,25 +157,5 @@ describe("a part file", () => {
     await part.publish(1);
     const stamp = await readFile(join(pool.path, WORK_FOLDER, "import.stamp"), "utf8");
     expect(stamp).toBe(`${(await stat(pool.finalPath)).ino}\n{"importId":"import"}`);
-  });
-
-  it.skipIf(process.getuid!() !== 0)("says that the disk is full, and discards what fills it", async () => {
-    await using pool = await openPool();
-    const full = join(pool.path, "full");
-    await mkdir(full);
-    await execute("mount", ["-t", "tmpfs", "-o", `size=${FRAME_BYTES}`, "tmpfs", full]);
-    try {
-      const finalPath = join(full, "disk.raw");
-      await using part = await openPartFile(pool.host, { id: "import", finalPath, signal: new AbortController().signal });
-      const filling = (async () => {
-        for (let frame = 0; frame < 4; frame++) await part.write(frame * FRAME_BYTES, randomBytes(FRAME_BYTES));
-        await part.settle();
-      })();
-      await expect(filling).rejects.toThrow(/^cannot write .*disk\.raw on this machine: .*No space left on device/);
-      await expect(filling).rejects.toBeInstanceOf(DiskError);
-      await expect(part.discard()).rejects.toThrow();
-    } finally {
-      await execute("umount", ["-l", full]);
-    }
   });
 });
