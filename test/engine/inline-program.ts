@@ -1,0 +1,39 @@
+/**
+ * An inline Automation program in a process of its own: argv is a command of the stack, the host's URI, and the source file.
+ * Prints the stack's outputs and the operation's summary as one line of JSON.
+ */
+import { argv, env, stdout } from "node:process";
+import { LocalWorkspace, PulumiCommand } from "@pulumi/pulumi/automation/index.js";
+import { ImportedDisk } from "virtlift";
+
+const [, , command = "", host = "", file = ""] = argv;
+const stack = await LocalWorkspace.createOrSelectStack(
+  {
+    stackName: "test",
+    projectName: "inline",
+    program: async () => {
+      const { path, sourceDigest } = new ImportedDisk("root", { host, source: { file } });
+      return { path, sourceDigest };
+    },
+  },
+  { pulumiCommand: await PulumiCommand.get({}), envVars: { PULUMI_BACKEND_URL: env["PULUMI_BACKEND_URL"] ?? "" } },
+);
+
+async function run(): Promise<unknown> {
+  switch (command) {
+    case "preview":
+      return (await stack.preview()).changeSummary;
+    case "up":
+      return (await stack.up()).summary.resourceChanges;
+    case "refresh":
+      return (await stack.refresh()).summary.resourceChanges;
+    case "destroy":
+      return (await stack.destroy()).summary.resourceChanges;
+    default:
+      throw new Error(`${command} is no command`);
+  }
+}
+
+const changes = await run();
+const outputs = Object.entries(await stack.outputs()).map(([key, { value }]) => [key, value as unknown]);
+stdout.write(`${JSON.stringify({ changes, outputs: Object.fromEntries(outputs) as unknown })}\n`);
