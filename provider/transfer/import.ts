@@ -62,12 +62,13 @@ export async function importDisk(host: Host, source: OpenSource, options: Import
   try {
     return await fill(part, source, options);
   } catch (error) {
+    options.signal.throwIfAborted();
     const failure =
       error instanceof ImageError
         ? new DiskError(`${source.path}: ${error.message}`, { step: "source", path: source.path, cause: error })
         : error;
     // A part that can never become this disk, or that fills the host's file system, helps nobody.
-    if (failure instanceof DiskError && !options.signal.aborted) await discard(host, part, options);
+    if (failure instanceof DiskError) await discard(host, part, options);
     throw failure;
   } finally {
     await part[Symbol.asyncDispose]();
