@@ -78,6 +78,7 @@ export class ImportedDisk extends pulumi.CustomResource {
     super(TYPE, name, { ...OUTPUTS, ...args, host: withSecrets(args.host), origin: originOf(name), __provider: PROVIDER }, options);
   }
 
+  /** Whether the value is a disk, of whichever copy of this package. */
   static override isInstance(value: unknown): value is ImportedDisk {
     return typeof value === "object" && value !== null && BRAND in value;
   }

@@ -3,14 +3,18 @@ import * as pulumi from "@pulumi/pulumi";
 import type { z } from "zod";
 import type { HostSchema } from "../provider/resources/schema.ts";
 
-/** A value that may be known later, at any depth. Documentation on the keys is kept. */
-export type Later<Value> = pulumi.Input<LaterInside<Value>>;
+/**
+ * A value that may be known later, at any depth. Documentation on the keys is kept.
+ * Where a value may be a `Replaceable` (a plain reference), it may be a `Replacement` (a resource) too.
+ */
+export type Later<Value, Replaceable = never, Replacement = never> = pulumi.Input<LaterInside<Value, Replaceable, Replacement>>;
 
-type LaterInside<Value> = Value extends string | number | boolean | undefined
+type LaterInside<Value, Replaceable, Replacement> = Value extends string | number | boolean | undefined
   ? Value
   : Value extends readonly (infer Element)[]
-    ? readonly Later<Element>[]
-    : { readonly [Key in keyof Value]: Later<Value[Key]> };
+    ? readonly Later<Element, Replaceable, Replacement>[]
+    : | { readonly [Key in keyof Value]: Later<Value[Key], Replaceable, Replacement> }
+      | ([Value] extends [Replaceable] ? Replacement : never);
 
 /** The outputs of a resource, one for each property of its state. */
 export type Outputs<State> = { readonly [Key in keyof State]-?: pulumi.Output<State[Key]> };
