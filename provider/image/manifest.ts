@@ -18,8 +18,8 @@ export const MAX_MANIFEST_BYTES = 1024 * 1024;
 
 const HEX_LENGTHS: Readonly<Record<DigestAlgorithm, number>> = { sha1: 40, sha256: 64, sha512: 128 };
 
-/** `SHA256(disk.vmdk)= 0a1b...`: OVF (DSP0243 2.1.1, section 5.1), openssl dgst, and BSD's sha256. */
-const TAGGED = /^SHA-?(1|256|512) ?\((.+)\) ?= ?([0-9a-f]+)$/i;
+/** `SHA256(disk.vmdk)= 0a1b...`: OVF (DSP0243 2.1.1, section 5.1), openssl dgst (since 3.0 with `SHA2-256`), and BSD's sha256. */
+const TAGGED = /^SHA(?:2?-)?(1|256|512) ?\((.+)\) ?= ?([0-9a-f]+)$/i;
 /** `0a1b...  disk.vmdk`, or ` *disk.vmdk` when read as binary: sha256sum(1). */
 const SUMS = /^([0-9a-f]+) [ *](.+)$/i;
 

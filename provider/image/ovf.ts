@@ -162,7 +162,7 @@ interface Item {
 export function parseOvf(xml: string, options: { readonly system?: string | undefined } = {}): OvfSystem {
   const envelope = parseXml(xml, "the OVF descriptor");
   if (envelope.name !== "Envelope")
-    throw new ImageError(`the OVF descriptor is none: its root is <${quoted(envelope.name)}>, not <Envelope>`);
+    throw new ImageError(`the OVF descriptor is none: its root element is ${quoted(envelope.name)}, not "Envelope"`);
   const systems = systemsIn(envelope);
   const system = chooseSystem(systems, options.system);
   const read = readSystem(envelope, system);
@@ -171,7 +171,10 @@ export function parseOvf(xml: string, options: { readonly system?: string | unde
   return {
     ...read,
     disks: [...read.disks, ...loose],
-    notes: [...read.notes, `${plural(loose.length, "disk is", "disks are")} attached to no controller in the descriptor and come last`],
+    notes: [
+      ...read.notes,
+      `${loose.length === 1 ? "1 disk is attached to no controller in the descriptor and comes" : `${loose.length} disks are attached to no controller in the descriptor and come`} last`,
+    ],
   };
 }
 
@@ -228,8 +231,7 @@ function readSystem(envelope: XmlElement, system: XmlElement): OvfSystem {
     annotation: textOf(section(system, "AnnotationSection"), "Annotation") ?? childText(system, "Description"),
     guest: readGuest(system),
     hardwareVersion: textOf(child(hardware, "System"), "VirtualSystemType"),
-    cpus: cpu === undefined ? undefined : (count(cpu.element, "VirtualQuantity") ?? count(cpu.element, "num_of_sockets")),
-    coresPerSocket: cpu === undefined ? undefined : (count(cpu.element, "CoresPerSocket") ?? count(cpu.element, "cpu_per_socket")),
+    ...readProcessors(cpu?.element),
     memoryMiB: memory === undefined ? undefined : readMemory(memory.element),
     ...readFirmware(system, hardware, settings),
     cpuHotAdd: isTrue(settings.get("cpuHotAddEnabled")),
@@ -335,6 +337,15 @@ function readFirmware(
   const secureBoot =
     isTrue(settings.get("bootOptions.efiSecureBootEnabled")) || isTrue(settings.get("uefi.secureBoot.enabled")) || ovirt === "4";
   return { firmware: isEfi ? "efi" : "bios", secureBoot: isEfi && secureBoot };
+}
+
+/** The quantity and vmw:CoresPerSocket; oVirt counts sockets, cores of each, and threads of each. */
+function readProcessors(element: XmlElement | undefined): Pick<OvfSystem, "cpus" | "coresPerSocket"> {
+  if (element === undefined) return { cpus: undefined, coresPerSocket: undefined };
+  const sockets = count(element, "num_of_sockets");
+  const cores = count(element, "cpu_per_socket");
+  const ofSockets = sockets === undefined ? undefined : sockets * (cores ?? 1) * (count(element, "threads_per_cpu") ?? 1);
+  return { cpus: count(element, "VirtualQuantity") ?? ofSockets, coresPerSocket: count(element, "CoresPerSocket") ?? cores };
 }
 
 function readMemory(element: XmlElement): number | undefined {
@@ -670,10 +681,6 @@ function isTrue(text: string | undefined): boolean {
 
 function compareInTurn(a: readonly number[], b: readonly number[]): number {
   return a.map((value, index) => value - b[index]!).find((difference) => difference !== 0) ?? 0;
-}
-
-function plural(number: number, one: string, many: string): string {
-  return `${number} ${number === 1 ? one : many}`;
 }
 
 function refuse(message: string): never {
