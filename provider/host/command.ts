@@ -190,7 +190,7 @@ export async function settlesWithin(promise: Promise<unknown>, timeoutMs: number
 }
 
 /** One sentence for a command that did not exit 0. */
-export function commandFailure(context: CommandContext, end: ProcessEnd, stderr: string): CommandError {
+function commandFailure(context: CommandContext, end: ProcessEnd, stderr: string): CommandError {
   const { argv, label } = context;
   const error = (message: string): CommandError => new CommandError(message, { argv, ...end, stderrTail: tail(stderr) });
   const name = describeCommand(argv);
@@ -222,7 +222,7 @@ export function commandFailure(context: CommandContext, end: ProcessEnd, stderr:
 }
 
 /** A command's name for a sentence: the program, and the verb where it has one: `qemu-img convert`. No further argument: those can be long. */
-export function describeCommand(argv: readonly string[]): string {
+function describeCommand(argv: readonly string[]): string {
   const verb = argv[1] !== undefined && /^[a-z][a-z-]+$/.test(argv[1]) ? ` ${argv[1]}` : "";
   return baseName(argv) + verb;
 }

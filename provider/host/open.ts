@@ -23,7 +23,8 @@ export function createHosts(options: HostsOptions): Hosts {
   const hosts = new Map<string, Host>();
   return {
     open(spec) {
-      const key = JSON.stringify(Object.entries(spec).toSorted(([a], [b]) => (a < b ? -1 : 1)));
+      const given = Object.entries(spec).filter(([, value]) => value !== undefined);
+      const key = JSON.stringify(given.toSorted(([a], [b]) => (a < b ? -1 : 1)));
       const known = hosts.get(key);
       if (known !== undefined) return known;
       const host = openHost(spec, options);

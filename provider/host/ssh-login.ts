@@ -18,7 +18,7 @@ export interface Credentials {
 }
 
 /** One thing to try. `name` is for messages and holds no secret: `key /root/.ssh/id_ed25519`, `agent key SHA256:...`, `password`. */
-export interface LoginAttempt {
+interface LoginAttempt {
   readonly name: string;
   readonly method: "publickey" | "keyboard-interactive" | "password";
   readonly auth: AnyAuthMethod;

@@ -2,10 +2,10 @@
 import { ConnectionError } from "../errors.ts";
 
 /** Which daemon: the one for QEMU alone (virtqemud), the old one for all (libvirtd), or whichever has a socket. */
-export type DaemonMode = "auto" | "direct" | "legacy";
+type DaemonMode = "auto" | "direct" | "legacy";
 
 /** How the daemon's socket is reached on the far side: virt-ssh-helper, netcat or its like, or the first that is there. */
-export type ProxyMode = "auto" | "native" | "netcat";
+type ProxyMode = "auto" | "native" | "netcat";
 
 /** The way over SSH, as far as the URI says it. */
 export interface SshAddress {

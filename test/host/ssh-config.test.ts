@@ -99,15 +99,16 @@ test("agrees with ssh -G on names, ports, users and jumps", async () => {
       ProxyJump x@gate:99
     Host *
       Port 2202
+      User anybody
   `);
   for (const alias of ["a", "b", "c"]) {
     const { stdout } = await runCommand(["ssh", "-G", "-F", config.file, alias]);
     const words = new Map(stdout.split("\n").map((line) => [line.split(" ")[0], line.split(" ").slice(1).join(" ")]));
     const resolved = config.resolve(alias);
     expect(resolved.hostName).toBe(words.get("hostname"));
+    expect(resolved.user).toBe(words.get("user"));
     expect(String(resolved.port)).toBe(words.get("port"));
     expect(resolved.proxyJump.join(",")).toBe(words.get("proxyjump") ?? "");
-    if (alias === "a") expect(resolved.user).toBe(words.get("user"));
   }
 });
 

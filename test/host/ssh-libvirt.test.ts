@@ -1,4 +1,6 @@
 /** Real hosts with a real libvirt, reached by SSH as root and as users with less. */
+import { copyFile } from "node:fs/promises";
+import { join } from "node:path";
 import { expect, test } from "vitest";
 import type { HostSpec } from "../../provider/host/hosts.ts";
 import { openKvmHost } from "../bed/libvirtd.ts";
@@ -23,7 +25,7 @@ test.runIf(isRoot)(
     const own = await root.openLibvirt();
     await own.close();
     for (const query of ["proxy=native", "proxy=netcat", "proxy=netcat&netcat=no-such-netcat", "mode=legacy", `socket=${kvm.socketPath}`]) {
-      expect((await open(`${kvm.sshUri()}?${query}`).libvirt()).isOpen, query).toBe(true);
+      expect((await open(`${kvm.sshUri()}?${query}`).libvirt()).isOpen).toBe(true);
     }
     expect((await open(kvm.sshUri().replace("qemu+ssh", "test+ssh").replace("/system", "/default")).libvirt()).isOpen).toBe(true);
 
@@ -57,8 +59,11 @@ test.runIf(isRoot)(
   async () => {
     await using kvm = await openKvmHost({ name: "kvm9" });
     await using user = await openHosts({ sshConfig: "ConnectTimeout 2\n" });
-    const { clientKey, knownHostsFile } = kvm.sshd;
-    const host = user.hosts.open({ uri: kvm.sshUri(), identityFile: clientKey.path, knownHostsFile });
+    // The bed's own files go with the power.
+    const [identityFile, knownHostsFile] = [join(user.home, "key"), join(user.home, "hosts")];
+    await copyFile(kvm.sshd.clientKey.path, identityFile);
+    await copyFile(kvm.sshd.knownHostsFile, knownHostsFile);
+    const host = user.hosts.open({ uri: kvm.sshUri(), identityFile, knownHostsFile });
     const first = await host.libvirt();
     await kvm.killDaemon();
     await expect.poll(() => first.isOpen).toBe(false);
@@ -74,6 +79,44 @@ test.runIf(isRoot)(
       .poll(async () => (await host.run(["echo", "back"]).catch(() => undefined))?.stdout.toString(), { timeout: 20_000 })
       .toBe("back\n");
     expect((await host.libvirt()).isOpen).toBe(true);
+  },
+  60_000,
+);
+
+test.runIf(isRoot)(
+  "logs in by password, asked for by keyboard-interactive or as itself, and never tells it",
+  async () => {
+    await using user = await openHosts();
+    for (const [method, sshdConfig] of [
+      ["password", ["PasswordAuthentication yes", "KbdInteractiveAuthentication no"]],
+      ["keyboard-interactive", ["UsePAM yes", "PasswordAuthentication no", "KbdInteractiveAuthentication yes"]],
+    ] as const) {
+      await using kvm = await openKvmHost({ name: "kvm6", sshdConfig: ["PubkeyAuthentication no", ...sshdConfig] });
+      await kvm.addUser("mover");
+      await kvm.run("sh", "-c", "echo mover:Sesam-7 | chpasswd");
+      const spec = { uri: kvm.sshUri("mover"), knownHostsFile: kvm.sshd.knownHostsFile };
+      expect((await user.hosts.open({ ...spec, password: "Sesam-7" }).run(["id", "-un"])).stdout.toString()).toBe("mover\n");
+      const { message } = await failure(user.hosts.open({ ...spec, password: "Geheim-8" }).run(["true"]));
+      expect(message).toContain(
+        `refused the login: tried password${method === "password" ? "" : " (keyboard-interactive)"}; it takes ${method}`,
+      );
+      expect(message).not.toContain("Geheim-8");
+      await user.hosts.close();
+    }
+  },
+  60_000,
+);
+
+test.runIf(isRoot)(
+  "a host that offers no helper and forwards no sockets is told what it may offer",
+  async () => {
+    await using kvm = await openKvmHost({ name: "kvm5", sshdConfig: ["AllowStreamLocalForwarding no"] });
+    await using user = await openHosts();
+    const uri = `${kvm.sshUri()}?proxy=netcat&netcat=no-such-netcat`;
+    const host = user.hosts.open({ uri, identityFile: kvm.sshd.clientKey.path, knownHostsFile: kvm.sshd.knownHostsFile });
+    const error = await failure(host.libvirt());
+    expect(error).toMatchObject({ phase: "daemon" });
+    expect(error.message).toContain("install virt-ssh-helper, nc or socat there, or set AllowStreamLocalForwarding");
   },
   60_000,
 );

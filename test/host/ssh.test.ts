@@ -238,8 +238,12 @@ test.each(["rsa", "ecdsa", "ed25519"] as const)("knows a server of three keys by
   const knownHostsFile = join(user.home, "hosts");
   await writeFile(knownHostsFile, `${renderKnownHost(server.address, server.port)} ${key.publicKey}\n`);
   await runCommand(["ssh-keygen", "-q", "-H", "-f", knownHostsFile]);
-  await user.open(server, { knownHostsFile }).run(["true"]);
-  await user.open(server, { knownHostsFile: join(user.home, "none"), fingerprint: key.fingerprint }).run(["true"]);
+  const byFile = await user.open(server, { knownHostsFile }).run(["echo", "in"]);
+  expect(byFile.stdout.toString()).toBe("in\n");
+  const byFingerprint = await user
+    .open(server, { knownHostsFile: join(user.home, "none"), fingerprint: key.fingerprint })
+    .run(["echo", "in"]);
+  expect(byFingerprint.stdout.toString()).toBe("in\n");
 });
 
 test("a pinned fingerprint wins over known_hosts, and a wrong one is refused with all that the server has", async () => {
