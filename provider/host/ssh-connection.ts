@@ -307,6 +307,8 @@ async function logIn(
     const onClose = (): void => onError(new Error("the other side closed the connection"));
     client.on("error", onError);
     client.on("close", onClose);
+    // A jump host has no other listener once it is logged in; its end is seen by the connection that goes through it.
+    client.on("error", () => {});
     client.once("ready", () => {
       client.off("error", onError);
       client.off("close", onClose);

@@ -4,10 +4,13 @@ import { once } from "node:events";
 import { join } from "node:path";
 import { Readable, Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import { expect, test } from "vitest";
+import { expect, test, vi } from "vitest";
 import { openLibvirtd } from "../bed/libvirtd.ts";
 import { runCommand } from "../../scripts/setup/command.ts";
-import { failure, openHosts } from "./setup.ts";
+import { failure, openHosts, PATIENT } from "./setup.ts";
+
+// A busy machine may need seconds for a daemon.
+vi.setConfig({ testTimeout: 30_000 });
 
 const isRoot = process.getuid?.() === 0;
 const NOBODY = 65_534;
@@ -44,7 +47,7 @@ test("ends a command with all that it started, by time, by abort and by kill", a
   const stream = await host.stream(["sh", "-c", "sleep 4721 & cat"]);
   stream.kill();
   await expect(stream.done).rejects.toMatchObject({ signal: "SIGKILL" });
-  await expect.poll(() => pidsOf("'sleep 4721'")).toBe("");
+  await expect.poll(() => pidsOf("'sleep 4721'"), PATIENT).toBe("");
 });
 
 test("streams with back-pressure, and a cut stream does not end like a whole one", async () => {
@@ -95,7 +98,7 @@ test.runIf(isRoot)(
     expect(first.isOpen).toBe(true);
     expect((await user.hosts.open({ uri: libvirtd.testUri }).libvirt()).isOpen).toBe(true);
     await libvirtd.killDaemon();
-    await expect.poll(() => first.isOpen).toBe(false);
+    await expect.poll(() => first.isOpen, PATIENT).toBe(false);
     const [again, same] = await Promise.all([host.libvirt(), host.libvirt()]);
     expect(again).toBe(same);
     expect(again.isOpen).toBe(true);

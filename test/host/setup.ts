@@ -7,6 +7,9 @@ import { createHosts } from "../../provider/host/open.ts";
 import { openDirectory } from "../bed/directory.ts";
 import type { Sshd } from "../bed/sshd.ts";
 
+/** For expect.poll: how long a busy machine may take to get there. */
+export const PATIENT = { timeout: 10_000 };
+
 export interface TestHosts extends AsyncDisposable {
   readonly hosts: Hosts;
   /** The home folder, removed on dispose. Its `.ssh` exists. */

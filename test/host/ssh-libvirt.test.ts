@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { expect, test } from "vitest";
 import type { HostSpec } from "../../provider/host/hosts.ts";
 import { openKvmHost } from "../bed/libvirtd.ts";
-import { failure, openHosts } from "./setup.ts";
+import { failure, openHosts, PATIENT } from "./setup.ts";
 
 const isRoot = process.getuid?.() === 0;
 
@@ -33,10 +33,10 @@ test.runIf(isRoot)(
     expect((await mover.run(["id", "-un"])).stdout.toString()).toBe("root\n");
     expect((await mover.libvirt()).isOpen).toBe(true);
     const sleeping = await mover.stream(["sleep", "4731"]);
-    await expect.poll(async () => kvm.run("sh", "-c", "pgrep -x -f 'sleep 4731' || true")).not.toBe("");
+    await expect.poll(async () => kvm.run("sh", "-c", "pgrep -x -f 'sleep 4731' || true"), PATIENT).not.toBe("");
     sleeping.kill();
     await expect(sleeping.done).rejects.toMatchObject({ name: "CommandError" });
-    await expect.poll(async () => kvm.run("sh", "-c", "pgrep -x -f 'sleep 4731' || true")).toBe("");
+    await expect.poll(async () => kvm.run("sh", "-c", "pgrep -x -f 'sleep 4731' || true"), PATIENT).toBe("");
 
     const guest = await failure(open(kvm.sshUri("guest")).libvirt());
     expect(guest).toMatchObject({ phase: "daemon" });
@@ -66,7 +66,7 @@ test.runIf(isRoot)(
     const host = user.hosts.open({ uri: kvm.sshUri(), identityFile, knownHostsFile });
     const first = await host.libvirt();
     await kvm.killDaemon();
-    await expect.poll(() => first.isOpen).toBe(false);
+    await expect.poll(() => first.isOpen, PATIENT).toBe(false);
     expect((await host.libvirt()).isOpen).toBe(true);
     const sleeping = failure(host.run(["sleep", "4732"], { timeoutMs: 3000 }));
     await kvm.cutPower();
