@@ -11,7 +11,8 @@ export type Encoding = "plain" | "grain" | "deflate" | "zstd";
  * A piece of the guest's disk and where its bytes lie.
  *
  * `file` indexes `DiskImage.files`. A plain run has `storedBytes === lengthBytes` and may be of any length. Any other run is one cluster or grain:
- * `lengthBytes` is what it inflates to, `storedBytes` an upper bound of what it occupies (what follows the stream inside is to be ignored).
+ * `lengthBytes` is what it inflates to, `storedBytes` an upper bound of what it occupies (what follows the stream inside is to be ignored). Only the
+ * run that ends at the disk's end may inflate to more than `lengthBytes`: the rest, behind the disk, is to be ignored.
  * What no run covers reads as zeros.
  */
 export interface Run {

@@ -27,7 +27,7 @@ export interface Qcow2WriterOptions {
   readonly layout: Layout;
   /**
    * What will be written, in that order (joined or split at will). With it a cluster that the source fills only in part is finished when its last
-   * piece came; without it such a cluster waits for `finish`, and MAX_HELD_BYTES are soon full.
+   * piece came; without it such a cluster waits for `finish`, and MAX_HELD_BYTES are soon full. Iterated twice, by the constructor.
    */
   readonly pieces?: Iterable<GuestPiece>;
 }
@@ -95,8 +95,8 @@ interface Plan {
  * A version 3 image without lazy refcounts, refcounts of 16 bits.
  *
  * The writes that `write`, `writeCompressed` and `finish` give follow each other without a gap, the first at `clusterBytes`: cluster 0 stays zero,
- * and the file is no qcow2, until the write that `header` gives. Their `bytes` may be views of what was passed in and of memory that is used again:
- * they are to be written, or copied, before the next call. The output is a pure function of the calls.
+ * and the file is no qcow2, until the write that `header` gives. Their `bytes` are views of what was passed in, which must not change until they are
+ * written, or memory that is not used again. The output is a pure function of the calls.
  *
  * Memory: at most MAX_HELD_BYTES of guest data, 8 bytes for each stored cluster, and for `pieces` some 60 for each cluster that they fill in part.
  */
@@ -392,7 +392,7 @@ export class Qcow2Writer {
 
 /**
  * The clusters for a qcow2 of these pieces, written in this order: the default ones, or clusters of the source's own granularity where its pieces
- * of a default one lie so far apart that MAX_HELD_BYTES would not do.
+ * of a default one lie so far apart that MAX_HELD_BYTES would not do. Iterates twice.
  */
 export function chooseClusterBytes(pieces: Iterable<GuestPiece>, granularityBytes: number): number {
   if (granularityBytes >= DEFAULT_CLUSTER_BYTES) return DEFAULT_CLUSTER_BYTES;

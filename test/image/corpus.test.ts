@@ -359,8 +359,7 @@ function refusal(hostile: Hostile): string {
     drive(image.runs(), source, BUDGET);
   } catch (error) {
     if (!(error instanceof ImageError)) throw error;
-    expect(performance.now() - start).toBeLessThan(MAX_MS);
-    return error.message;
+    return performance.now() - start < MAX_MS ? error.message : "took too long";
   }
   return "was read";
 }
@@ -372,7 +371,7 @@ test.each([
 ])("refuses a $format with $name", (hostile) => {
   const sentence = refusal(hostile);
   expect(sentence).toContain(hostile.says);
-  expect(sentence).not.toMatch(/\n|was read/);
+  expect(sentence).not.toMatch(/\n|was read|took too long/);
 });
 
 const WHOLE: readonly { readonly name: string; readonly image: Buffer }[] = [
