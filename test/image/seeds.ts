@@ -2,6 +2,7 @@
  * Small valid images of the formats that have block tables, and the archives around them, made byte by byte and independently of the parsers.
  * Hostile tests patch and seal them; the fuzzer mutates them.
  */
+import { createHash } from "node:crypto";
 
 /** The parameters of a dynamic image that its maker lays out. Blocks that are not named hold no data. */
 export interface BlockImage {
@@ -167,14 +168,15 @@ export function sealVhdx(bytes: Buffer): Buffer {
   return bytes;
 }
 
-/** CRC-32C bit by bit. */
+/** One step of CRC-32C for each byte value. */
+const CRC32C_STEPS = Uint32Array.from({ length: 256 }, (_, byte) => {
+  let step = byte;
+  for (let bit = 0; bit < 8; bit++) step = (step >>> 1) ^ ((step & 1) * 0x82f6_3b78);
+  return step;
+});
+
 function crc32c(bytes: Uint8Array): number {
-  let crc = 0xffff_ffff;
-  for (const byte of bytes) {
-    crc ^= byte;
-    for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ ((crc & 1) * 0x82f6_3b78);
-  }
-  return ~crc >>> 0;
+  return ~bytes.reduce((crc, byte) => CRC32C_STEPS[(crc ^ byte) & 0xff]! ^ (crc >>> 8), 0xffff_ffff) >>> 0;
 }
 
 export const VDI_BLOCK_BYTES = 4096;
@@ -203,4 +205,62 @@ export function vdiSeed(image: BlockImage = { ...DEFAULT_IMAGE, virtualSizeBytes
     data.push(Buffer.alloc(VDI_BLOCK_BYTES, fill));
   }
   return Buffer.concat([header, ...data]);
+}
+
+/** One member of a hand-made tar. `type` as tar's header has it: "0" a file, "x" a pax header, "L" a GNU long name. */
+export interface TarEntry {
+  readonly name: string;
+  readonly data: Uint8Array;
+  readonly type?: string;
+}
+
+/** A ustar archive with its two blocks of zeros at the end. */
+export function tarSeed(entries: readonly TarEntry[]): Buffer {
+  const pieces = entries.flatMap(({ name, data, type }) => {
+    const header = Buffer.alloc(512);
+    header.write(name, 0, 100, "utf8");
+    header.write("0000644\0", 100, "latin1");
+    header.write(`${data.length.toString(8).padStart(11, "0")}\0`, 124, "latin1");
+    header.write(type ?? "0", 156, "latin1");
+    header.write("ustar\x0000", 257, "latin1");
+    return [sealTarHeader(header), data, Buffer.alloc(-data.length & 511)];
+  });
+  return Buffer.concat([...pieces, Buffer.alloc(1024)]);
+}
+
+/** Makes the checksum of a tar header right again, in place. */
+export function sealTarHeader(header: Buffer): Buffer {
+  header.fill(0x20, 148, 156);
+  const sum = header.subarray(0, 512).reduce((total, byte) => total + byte, 0);
+  header.write(`${sum.toString(8).padStart(6, "0")}\0 `, 148, "latin1");
+  return header;
+}
+
+/** An OVF descriptor of a machine with one disk in `href`. */
+export function ovfSeed(href: string, sizeBytes: number): string {
+  return `<?xml version="1.0" encoding="UTF-8"?>
+<Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1" xmlns:rasd="http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_ResourceAllocationSettingData">
+  <References><File ovf:id="file1" ovf:href="${href}" ovf:size="${sizeBytes}"/></References>
+  <DiskSection><Disk ovf:diskId="vmdisk1" ovf:fileRef="file1" ovf:capacity="64" ovf:capacityAllocationUnits="byte * 2^20"/></DiskSection>
+  <VirtualSystem ovf:id="seed">
+    <Name>seed</Name>
+    <VirtualHardwareSection>
+      <Item><rasd:InstanceID>1</rasd:InstanceID><rasd:ResourceType>3</rasd:ResourceType><rasd:VirtualQuantity>1</rasd:VirtualQuantity></Item>
+      <Item><rasd:InstanceID>2</rasd:InstanceID><rasd:ResourceType>17</rasd:ResourceType><rasd:HostResource>ovf:/disk/vmdisk1</rasd:HostResource></Item>
+    </VirtualHardwareSection>
+  </VirtualSystem>
+</Envelope>
+`;
+}
+
+/** An OVA with that descriptor, a SHA-256 manifest of both files, and the disk. */
+export function ovaSeed(disk: Uint8Array = fixedVhdSeed()): Buffer {
+  const descriptor = Buffer.from(ovfSeed("seed-disk1.vhd", disk.length));
+  const digest = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
+  const manifest = Buffer.from(`SHA256(seed.ovf)= ${digest(descriptor)}\nSHA256(seed-disk1.vhd)= ${digest(disk)}\n`);
+  return tarSeed([
+    { name: "seed.ovf", data: descriptor },
+    { name: "seed.mf", data: manifest },
+    { name: "seed-disk1.vhd", data: disk },
+  ]);
 }

@@ -1,4 +1,6 @@
-import { readFileSync } from "node:fs";
+import { execFileSync, spawnSync } from "node:child_process";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { expect, test } from "vitest";
 import { ImageError } from "../../provider/image/parser.ts";
 import { parseVhdx } from "../../provider/image/vhdx.ts";
@@ -73,6 +75,28 @@ test("takes the header with the higher sequence number, and the valid one of a p
   expect(read(patched(SEED, (copy) => copy.fill(1, FIRST_HEADER, FIRST_HEADER + 64)))).toHaveLength(5 * MIB + 512);
   expect(read(patched(SEED, (copy) => copy.fill(1, SECOND_HEADER, SECOND_HEADER + 64)))).toHaveLength(5 * MIB + 512);
   expect(read(patched(SEED, (copy) => copy.fill(1, REGIONS, REGIONS + 64)))).toHaveLength(5 * MIB + 512);
+});
+
+test("refuses a log that qemu too wants to replay, and reads the image after qemu-img check -r all did", () => {
+  using disk = makeDisk(16 * MIB);
+  const path = join(disk.folder, "log.vhdx");
+  execFileSync("qemu-img", ["create", "-f", "vhdx", path, "64M"]);
+  execFileSync("qemu-io", ["-f", "vhdx", "-c", "write -P 7 0 1M", path]);
+  // qemu empties its log at once by forgetting the log's GUID, which its entry still holds.
+  const bytes = readFileSync(path);
+  const current = bytes.readBigUInt64LE(FIRST_HEADER + 8) > bytes.readBigUInt64LE(SECOND_HEADER + 8) ? FIRST_HEADER : SECOND_HEADER;
+  bytes.copy(bytes, current + 48, MIB + 32, MIB + 48);
+  writeFileSync(path, sealVhdx(bytes));
+  expect(() => read(readFileSync(path))).toThrow("its log holds writes that are not in place yet");
+  expect(spawnSync("qemu-img", ["info", "-f", "vhdx", path], { encoding: "utf8" }).stderr).toContain(
+    "contains a log that needs to be replayed",
+  );
+  spawnSync("qemu-img", ["check", "-r", "all", "-f", "vhdx", path]);
+  expect(
+    read(readFileSync(path))
+      .subarray(0, MIB)
+      .every((byte) => byte === 7),
+  ).toBe(true);
 });
 
 test("says that a disk has sectors of 4096 bytes", () => {
