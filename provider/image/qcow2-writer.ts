@@ -32,10 +32,10 @@ export interface Qcow2WriterOptions {
   readonly pieces?: Iterable<GuestPiece>;
 }
 
-export const DEFAULT_CLUSTER_BYTES = 65_536;
+const DEFAULT_CLUSTER_BYTES = 65_536;
 
 /** The most that clusters take in memory which wait for more of their pieces. */
-export const MAX_HELD_BYTES = 64 * 1024 * 1024;
+const MAX_HELD_BYTES = 64 * 1024 * 1024;
 
 const SECTOR_BYTES = 512;
 const MIN_CLUSTER_BYTES = 512;

@@ -4,6 +4,9 @@ import { ImageError, type Parser, readExactly } from "./parser.ts";
 /** Tables that follow each other are read by one ask, up to this. */
 const BATCH_BYTES = 1024 * 1024;
 
+/** A file of holes can be of any size: no disk of less than 32 TiB in clusters of 64 KiB has more. */
+const MAX_TABLES_BYTES = 4 * 1024 ** 3;
+
 export interface LowerTables {
   /** Index into `DiskImage.files`, and that file's name and size. */
   readonly file: string;
@@ -18,13 +21,17 @@ export interface LowerTables {
 }
 
 /**
- * Reads all tables. What is read is at most the file's size, whatever the upper table says.
+ * Reads all tables; each only once, whatever the upper table says.
  *
- * Throws ImageError when a table lies outside the file, or when two places of the upper table name the same one.
+ * Throws ImageError when a table lies outside the file, when two places of the upper table name the same one, or when all together are larger than
+ * MAX_TABLES_BYTES.
  */
 export function* readLowerTables(tables: LowerTables): Parser<void> {
   const { file, fileSizeBytes, offsets, tableBytes, what } = tables;
   refuseRepeats(offsets, what);
+  const totalBytes = offsets.reduce((count, offset) => (offset === 0 ? count : count + 1), 0) * tableBytes;
+  if (totalBytes > MAX_TABLES_BYTES)
+    throw new ImageError(`the image has ${totalBytes} bytes of tables; at most ${MAX_TABLES_BYTES} are read`);
   for (let index = 0; index < offsets.length;) {
     const offset = offsets[index]!;
     if (offset === 0) {

@@ -22,7 +22,7 @@ const EXTENT_TYPES = {
 } as const;
 
 export type CreateType = keyof typeof EXTENT_TYPES;
-export type ExtentType = (typeof EXTENT_TYPES)[CreateType][number];
+type ExtentType = (typeof EXTENT_TYPES)[CreateType][number];
 
 /** An extent of the disk; its place in the guest's disk is behind those before it. */
 export interface DescriptorExtent {

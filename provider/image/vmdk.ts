@@ -127,6 +127,8 @@ function* parseDescribedFiles(sizeBytes: number): Parser<DiskImage> {
       if (files.length === MAX_IMAGE_FILES) throw new ImageError(`the VMDK consists of more than ${MAX_IMAGE_FILES} files`);
       file = files.push({ name: described.file, sizeBytes: fileSizeBytes }) - 1;
       indexes.set(described.file, file);
+    } else if (described.type !== "FLAT" && described.type !== "VMFS") {
+      throw new ImageError(`the VMDK's descriptor names the extent ${described.file} twice`);
     }
     extents.push(yield* readExtent(described, files, file));
   }

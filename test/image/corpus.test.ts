@@ -224,6 +224,12 @@ const VMDK: readonly Hostile[] = [
     says: "is a delta on a parent disk",
   },
   {
+    name: "a sparse extent named twice",
+    image: text("twoGbMaxExtentSparse", ['RW 41 SPARSE "a.vmdk"', 'RW 41 SPARSE "a.vmdk"']),
+    beside: { "a.vmdk": sparseVmdkSeed("") },
+    says: "names the extent a.vmdk twice",
+  },
+  {
     name: "a parent's file",
     image: text("vmfs", ['RW 8 VMFS "a.vmdk"'], ['parentFileNameHint="/etc/passwd"']),
     says: "is a delta on a parent disk",

@@ -25,7 +25,7 @@ export const QCOW2_L1 = 1 * QCOW2_CLUSTER;
 export const QCOW2_L2 = 2 * QCOW2_CLUSTER;
 export const QCOW2_DATA = 5 * QCOW2_CLUSTER;
 /** Its disk: 6 clusters. */
-export const QCOW2_SIZE = 6 * QCOW2_CLUSTER;
+const QCOW2_SIZE = 6 * QCOW2_CLUSTER;
 
 /** A qcow2 of version 3, header length 104, no extensions. `isCompressed`: the clusters are deflated and packed. */
 export function qcow2Seed(isCompressed = false): Buffer {
@@ -63,7 +63,7 @@ export function qcow2Seed(isCompressed = false): Buffer {
 export const VMDK_GRAIN = 8 * SECTOR;
 export const VMDK_CAPACITY_SECTORS = 41;
 export const VMDK_SIZE = VMDK_CAPACITY_SECTORS * SECTOR;
-export const VMDK_DESCRIPTOR = 1 * SECTOR;
+const VMDK_DESCRIPTOR = 1 * SECTOR;
 const DESCRIPTOR_SECTORS = 20;
 /** Of a monolithicSparse seed. */
 export const VMDK_DIRECTORY = 21 * SECTOR;
