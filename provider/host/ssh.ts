@@ -139,7 +139,7 @@ export class SshHost implements Host {
         }
         if (error instanceof ConnectionError) throw error;
         const message = `${this.label} opens no session: ${error instanceof Error ? error.message : String(error)}; is the login allowed to run commands?`;
-        throw new ConnectionError(message, { host: this.label, phase: "closed", cause: error });
+        throw new ConnectionError(message, { host: this.label, phase: reason === undefined ? "closed" : "login", cause: error });
       }
     }
   }

@@ -48,6 +48,8 @@ test.runIf(isRoot)(
       "sudo does not allow id without a password",
     );
 
+    // virt-ssh-helper starts the daemon of a user who has none.
+    expect((await open(kvm.sshUri("guest").replace("/system", "/session")).libvirt()).isOpen).toBe(true);
     const missing = await failure(open(`${kvm.sshUri()}?socket=/run/none`).libvirt());
     expect(missing).toMatchObject({ phase: "daemon", message: expect.stringContaining("at /run/none: start it there") });
   },

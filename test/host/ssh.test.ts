@@ -190,6 +190,7 @@ test("when the connection breaks all that runs is rejected, and the next command
   await using stream = await host.stream(["cat"]);
   await expect.poll(() => processesWith(server, "4714"), PATIENT).not.toEqual([]);
   const reading = failure(pipeline(stream.io, new Writable({ write: (_chunk, _encoding, callback) => callback() })));
+  const orphans = await processesWith(server, "4714");
   await cutSessions(server);
   expect(await run).toMatchObject({
     name: "ConnectionError",
@@ -199,6 +200,8 @@ test("when the connection breaks all that runs is rejected, and the next command
   expect(await reading).toMatchObject({ phase: "closed" });
   await expect(stream.done).rejects.toMatchObject({ phase: "closed" });
   expect((await host.run(["echo", "again"])).stdout.toString()).toBe("again\n");
+  // A command that neither reads nor writes outlives its connection, as it does under ssh.
+  for (const pid of orphans) process.kill(pid, "SIGKILL");
 });
 
 test("close ends what runs", async () => {
