@@ -61,3 +61,29 @@ test("arguments and outputs of a disk are documented, nested ones too, and may b
     "layout;": expect.stringContaining("stores what is not zero"),
   });
 });
+
+test("a machine takes an imported disk wherever it takes a disk, and its arguments are documented", () => {
+  const shown = hover(
+    `import * as pulumi from "@pulumi/pulumi";
+     import { ImportedDisk, VirtualMachine } from "../../sdk/index.ts";
+     const disk = new ImportedDisk("disk", { source: { file: "disk.vmdk" } });
+     const machine = new VirtualMachine("machine", {
+       importedDisk: disk,
+       disks: [{ disk, serial: "data" }, { size: "10GiB", name: "scratch" }],
+       networks: [{ network: "default", mac: pulumi.output("52:54:00:12:34:56") }],
+       vcpus: pulumi.output(2),
+       tags: { owner: pulumi.output("me") },
+     });
+     new VirtualMachine("clone", { image: disk });
+     new VirtualMachine("later", { importedDisk: pulumi.output(disk), disks: [Promise.resolve({ disk })] });
+     new VirtualMachine("by hand", { importedDisk: { diskId: "web", host: "qemu:///system" } });
+     export const addresses: pulumi.Output<readonly string[]> = machine.ipAddresses;`,
+    ["serial", "mac:", "vcpus", "ipAddresses"],
+  );
+  expect(shown).toEqual({
+    serial: expect.stringContaining("serial number that the guest reads"),
+    "mac:": expect.stringContaining("52:54:00"),
+    vcpus: "Default 1.",
+    ipAddresses: expect.stringContaining("others can reach it"),
+  });
+});
