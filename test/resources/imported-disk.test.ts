@@ -1,0 +1,338 @@
+import { createHash, randomBytes } from "node:crypto";
+import { existsSync, statSync } from "node:fs";
+import { appendFile, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { homedir, userInfo } from "node:os";
+import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { ConnectionError } from "../../provider/errors.ts";
+import { createHosts } from "../../provider/host/open.ts";
+import { DISK_CHANGES, type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
+import { clearLeftovers, findLeftovers } from "../../provider/resources/leftovers.ts";
+import type { Context } from "../../provider/resources/resource.ts";
+import { ImportedDiskSchema } from "../../provider/resources/schema.ts";
+import { UNKNOWN } from "../../provider/resources/unknown.ts";
+import { WORK_FOLDER } from "../../provider/transfer/part-file.ts";
+import { openDirectory } from "../bed/directory.ts";
+import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
+import { guestByQemu, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+
+const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
+
+/** What the adapter gives to every call, and a folder with a source in it. */
+async function openCaller(host: unknown) {
+  const directory = await openDirectory("caller");
+  const hosts = createHosts({
+    environment: process.env,
+    homeDirectory: homedir(),
+    userName: userInfo().username,
+    userId: process.getuid!(),
+  });
+  const lines: string[] = [];
+  const stop = new AbortController();
+  const context: Context = {
+    config: (key) => (key === "virtlift:host" ? JSON.stringify(host) : undefined),
+    log: (_level, text) => lines.push(text),
+    signal: stop.signal,
+    hosts,
+  };
+  const guest = mixedGuest();
+  const file = await writeRaw(join(directory.path, "disk.raw"), guest);
+  const declared = (name: string, more: object = {}) => ({ source: { file }, origin: `organization/project/stack/${name}`, ...more });
+  return {
+    context,
+    lines,
+    stop,
+    guest,
+    file,
+    directory: directory.path,
+    declared,
+    check: (name: string, more: object = {}, olds?: DiskInputs) => importedDisk.check(context, olds, declared(name, more)),
+    /** Checks and creates; the check must pass. */
+    async create(name: string, more: object = {}): Promise<DiskState> {
+      const { inputs, failures } = await importedDisk.check(context, undefined, declared(name, more));
+      expect(failures).toEqual([]);
+      return (await importedDisk.create(context, inputs)).state;
+    },
+    async [Symbol.asyncDispose]() {
+      await hosts.close();
+      await directory[Symbol.asyncDispose]();
+    },
+  };
+}
+
+type Caller = Awaited<ReturnType<typeof openCaller>>;
+
+describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
+  let kvm: KvmHost;
+  let libvirtd: Libvirtd;
+  let ways: Record<"local" | "ssh", { readonly bed: Libvirtd; readonly host: unknown }>;
+
+  beforeAll(async () => {
+    [libvirtd, kvm] = await Promise.all([openLibvirtd(), openKvmHost()]);
+    ways = {
+      local: { bed: libvirtd, host: { uri: libvirtd.uri } },
+      ssh: { bed: kvm, host: { uri: kvm.sshUri(), identityFile: kvm.sshd.clientKey.path, knownHostsFile: kvm.sshd.knownHostsFile } },
+    };
+  }, 60_000);
+  afterAll(async () => {
+    await Promise.all([libvirtd[Symbol.asyncDispose](), kvm[Symbol.asyncDispose]()]);
+  });
+
+  for (const way of ["local", "ssh"] as const) {
+    it(`lives its whole life on a host that is reached ${way === "ssh" ? "over SSH" : "by its socket"}`, async () => {
+      const { bed, host } = ways[way];
+      await using caller = await openCaller(host);
+      const state = await caller.create("web root", { migrationRef: "wave-3" });
+      expect(state).toMatchObject({
+        diskId: expect.stringMatching(/^web-root-[0-9a-f]{8}$/),
+        path: `${bed.poolPath}/${state.diskId}.qcow2`,
+        virtualSizeBytes: caller.guest.length,
+        sourceDigest: `sha256:${sha256(caller.guest)}`,
+      });
+      expect(await bed.virsh("vol-list", "default")).toContain(state.volumeName);
+      expect(await bed.virsh("vol-dumpxml", "--pool", "default", state.volumeName)).toMatch(/<format type='qcow2'\/>/);
+      expect(sha256(await guestByQemu(state.path, "qcow2", join(caller.directory, "back.raw")))).toBe(sha256(caller.guest));
+      expect(await readdir(bed.poolPath)).toEqual([state.volumeName]);
+
+      expect(await importedDisk.read(caller.context, state.diskId, state)).toMatchObject({ id: state.diskId, state });
+      const again = await caller.check("web root", { migrationRef: "wave-4" }, state);
+      expect(again.failures).toEqual([]);
+      expect(await importedDisk.diff(caller.context, state.diskId, state, again.inputs)).toEqual({
+        changes: [{ property: "migrationRef", effect: "live" }],
+      });
+
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(bed.poolPath)).toEqual([]);
+      expect(await bed.virsh("vol-list", "default")).not.toContain(state.volumeName);
+      expect(await importedDisk.read(caller.context, state.diskId, state)).toBeUndefined();
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+  }
+
+  describe("by its socket", () => {
+    const open = (): Promise<Caller> => openCaller(ways.local.host);
+
+    it("is gone on refresh when its file was removed by hand, and an error when its pool is stopped", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      await libvirtd.virsh("pool-destroy", "default");
+      await expect(importedDisk.read(caller.context, state.diskId, state)).rejects.toThrow(/not active/);
+      await libvirtd.virsh("pool-start", "default");
+      await rm(state.path);
+      expect(await importedDisk.read(caller.context, state.diskId, state)).toBeUndefined();
+    });
+
+    it("is never taken for gone when the daemon does not answer", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      await using elsewhere = await openCaller({ uri: `qemu+unix:///system?socket=${caller.directory}/no-socket` });
+      const moved = { ...state, host: { uri: `qemu+unix:///system?socket=${caller.directory}/no-socket` } };
+      await expect(importedDisk.read(elsewhere.context, state.diskId, moved)).rejects.toBeInstanceOf(ConnectionError);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("refuses in check what would fail after the copy, and changes nothing", async () => {
+      await using caller = await open();
+      await writeFile(join(libvirtd.poolPath, "taken.qcow2"), "somebody's");
+      const backed = join(caller.directory, "backed.qcow2");
+      await qemuImg("create", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", backed);
+      const refusals: readonly (readonly [object, string, RegExp])[] = [
+        [{ pool: "nowhere" }, "pool", /^pool: there is no pool nowhere on this machine: it has default$/],
+        [{ name: "taken" }, "name", /^name: .*taken\.qcow2 exists on this machine and is not overwritten/],
+        [{ source: { file: "/no/such.vmdk" } }, "source", /^source: there is no file \/no\/such\.vmdk$/],
+        [{ source: { file: backed } }, "source", /^source: .*backing file/],
+        [{ capacity: "1MiB" }, "capacity", /^capacity: 1.0 MiB is less than the source's 20.0 MiB/],
+        [{ format: "raw", layout: "compressed" }, "layout", /^layout: a raw volume cannot be compressed/],
+        [{ name: "../escape" }, "name", /^name: a disk's name is/],
+        [{ capacity: "much" }, "capacity", /^capacity: "much" is no size/],
+        [{ sauce: 1 }, "sauce", /^sauce is not a property that exists/],
+        [{ source: { file: "a", ova: "b" } }, "source", /^source: source is exactly one of/],
+        [{ checksum: "md5:0" }, "checksum", /^checksum: a checksum is/],
+        [{ host: { uri: `qemu+unix:///system?socket=${caller.directory}/none` } }, "host", /^host: .*none/],
+        [{ host: "http://kvm1" }, "host", /^host: /],
+      ];
+      for (const [more, property, reason] of refusals) {
+        const { failures } = await caller.check("web", more);
+        expect(failures).toEqual([{ property, reason: expect.stringMatching(reason) }]);
+      }
+      expect(await readdir(libvirtd.poolPath)).toEqual(["taken.qcow2"]);
+      await rm(join(libvirtd.poolPath, "taken.qcow2"));
+    });
+
+    it("judges nothing that preview does not know yet", async () => {
+      await using caller = await open();
+      const { inputs, failures } = await caller.check("web", { source: { file: UNKNOWN } });
+      expect(failures).toEqual([]);
+      expect(inputs).toMatchObject({ diskId: UNKNOWN, path: UNKNOWN, declaration: UNKNOWN });
+      const known = await caller.create("web");
+      expect((await importedDisk.diff(caller.context, known.diskId, known, inputs)).changes.map((change) => change.effect)).not.toContain(
+        "replace",
+      );
+      await importedDisk.delete(caller.context, known.diskId, known);
+    });
+
+    it("reads its source no more once it was imported", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      await rm(caller.file);
+      const { inputs, failures } = await caller.check("web", {}, state);
+      expect(failures).toEqual([]);
+      expect((await importedDisk.diff(caller.context, state.diskId, state, inputs)).changes).toEqual([]);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("becomes a new file beside the old one when its declaration changes", async () => {
+      await using caller = await open();
+      const old = await caller.create("web");
+      const { inputs, failures } = await caller.check("web", { capacity: "64MiB" }, old);
+      expect(failures).toEqual([]);
+      const { changes } = await importedDisk.diff(caller.context, old.diskId, old, inputs);
+      expect(changes).toContainEqual({ property: "path", effect: "replace", why: expect.any(String) });
+      expect(await caller.check("web", { capacity: "64MiB" })).toEqual({ inputs, failures: [] });
+      const { state } = await importedDisk.create(caller.context, inputs);
+      expect((await readdir(libvirtd.poolPath)).toSorted()).toEqual([old.volumeName, state.volumeName].toSorted());
+      await importedDisk.delete(caller.context, old.diskId, old);
+      expect(await readdir(libvirtd.poolPath)).toEqual([state.volumeName]);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("with a name of its own refuses another declaration until the name changes", async () => {
+      await using caller = await open();
+      const old = await caller.create("web", { name: "web-root" });
+      const { failures } = await caller.check("web", { name: "web-root", capacity: "64MiB" }, old);
+      expect(failures).toEqual([{ property: "name", reason: expect.stringContaining("give the changed disk another `name`") }]);
+      expect((await caller.check("web", { name: "web-root-2", capacity: "64MiB" }, old)).failures).toEqual([]);
+      await importedDisk.delete(caller.context, old.diskId, old);
+    });
+
+    it("is not replaced once it was written, unless the program says so", async () => {
+      await using caller = await open();
+      const old = await caller.create("web");
+      await appendFile(old.path, "by the guest");
+      const { failures } = await caller.check("web", { capacity: "64MiB" }, old);
+      expect(failures).toEqual([
+        { property: "capacity", reason: expect.stringMatching(/was written since its import.*replaceWritten: true/) },
+      ]);
+      expect((await caller.check("web", { capacity: "64MiB", replaceWritten: true }, old)).failures).toEqual([]);
+      await importedDisk.delete(caller.context, old.diskId, old);
+    });
+
+    it("is taken as it is when an earlier run finished it and did not live to say so", async () => {
+      await using caller = await open();
+      for (const format of ["qcow2", "raw"]) {
+        const first = await caller.create("web", { format });
+        const second = await caller.create("web", { format });
+        expect(second).toEqual(first);
+        expect(caller.lines).toContainEqual(expect.stringContaining("was finished by an earlier run"));
+        await importedDisk.delete(caller.context, second.diskId, second);
+      }
+      expect(await readdir(libvirtd.poolPath)).toEqual([]);
+    });
+
+    it("is not deleted while a machine or another volume uses it", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      const domain = join(caller.directory, "domain.xml");
+      const disk = `<disk type='file' device='disk'><source file='${state.path}'/><target dev='sda' bus='sata'/></disk>`;
+      await writeFile(
+        domain,
+        `<domain type='qemu'><name>user</name><memory>65536</memory><os><type arch='x86_64'>hvm</type></os><devices>${disk}</devices></domain>`,
+      );
+      await libvirtd.virsh("define", domain);
+      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is in use by user and is not deleted/);
+      await libvirtd.virsh("undefine", "user");
+      await libvirtd.virsh(
+        "vol-create-as",
+        "default",
+        "overlay.qcow2",
+        "64M",
+        "--format",
+        "qcow2",
+        "--backing-vol",
+        state.path,
+        "--backing-vol-format",
+        "qcow2",
+      );
+      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is in use by overlay.qcow2/);
+      await libvirtd.virsh("vol-delete", "--pool", "default", "overlay.qcow2");
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("deletes only the file that it made", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      await rm(state.path);
+      await writeFile(state.path, "somebody's");
+      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is not the disk that was imported there/);
+      expect(await readFile(state.path, "utf8")).toBe("somebody's");
+      await rm(state.path);
+    });
+
+    it("stays when it is to be retained", async () => {
+      await using caller = await open();
+      const state = await caller.create("web", { onDelete: "retain" });
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(libvirtd.poolPath)).toEqual([state.volumeName]);
+      await rm(state.path);
+    });
+
+    it("leaves a part when it is interrupted, which is found, cleared, or gone on with", async () => {
+      await using caller = await open();
+      const noise = join(caller.directory, "noise.raw");
+      await writeFile(noise, randomBytes(200 * 1024 * 1024));
+      const { inputs } = await caller.check("web", { source: { file: noise } });
+      const host = caller.context.hosts.open({ uri: libvirtd.uri });
+      const interrupted = async () => {
+        const stop = new AbortController();
+        const creating = expect(importedDisk.create({ ...caller.context, signal: stop.signal }, inputs)).rejects.toThrow(
+          "the engine is gone",
+        );
+        const part = join(libvirtd.poolPath, WORK_FOLDER, `${inputs.importId}.part`);
+        while (!existsSync(part) || statSync(part).size < 20 * 1024 * 1024) await sleep(1);
+        stop.abort(new Error("the engine is gone"));
+        await creating;
+      };
+      await interrupted();
+      expect(await findLeftovers(host)).toEqual([expect.objectContaining({ id: inputs.importId, pool: "default", isWriting: false })]);
+      expect(await clearLeftovers(host)).toHaveLength(1);
+      expect(await readdir(libvirtd.poolPath)).toEqual([]);
+
+      await interrupted();
+      const { state } = await importedDisk.create(caller.context, inputs);
+      expect(caller.lines).toContainEqual(expect.stringMatching(/were there from an interrupted run/));
+      expect(await readdir(libvirtd.poolPath)).toEqual([state.volumeName]);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("says how much room is missing", async () => {
+      await using small = await openLibvirtd({ poolMiB: 32 });
+      await using caller = await openCaller({ uri: small.uri });
+      const noise = join(caller.directory, "noise.raw");
+      await writeFile(noise, randomBytes(64 * 1024 * 1024));
+      const { failures } = await caller.check("web", { source: { file: noise } });
+      expect(failures).toEqual([{ property: "pool", reason: expect.stringMatching(/has .* MiB free and the disk takes up to 64.0 MiB/) }]);
+    });
+  });
+
+  it("is refused over SSH to a user who may not write, and not with sudo", async () => {
+    await kvm.addUser("migrator", { sudo: true });
+    const host = { uri: kvm.sshUri("migrator"), identityFile: kvm.sshd.clientKey.path, knownHostsFile: kvm.sshd.knownHostsFile };
+    {
+      await using caller = await openCaller(host);
+      const { failures } = await caller.check("web");
+      expect(failures).toHaveLength(1);
+      expect(failures[0]!.reason).toMatch(/migrator/);
+    }
+    await using caller = await openCaller({ ...host, sudo: true });
+    const state = await caller.create("web");
+    await importedDisk.delete(caller.context, state.diskId, state);
+    expect(await readdir(kvm.poolPath)).toEqual([]);
+  });
+});
+
+describe("an ImportedDisk's table of changes", () => {
+  it("names every argument", () => {
+    expect(Object.keys(DISK_CHANGES)).toEqual(expect.arrayContaining(Object.keys(ImportedDiskSchema.shape)));
+  });
+});
