@@ -1,7 +1,7 @@
 /** A conversation with libvirt over any Duplex: calls, their replies, their streams, and messages that nobody asked for. Knows no procedure's meaning. */
 import type { Duplex } from "node:stream";
 import { ConnectionError, LibvirtError, type ConnectionPhase } from "../errors.ts";
-import { encodePacket, PACKET_STATUS, PACKET_TYPE, PacketReader, type Packet, type PacketHeader } from "./packet.ts";
+import { encodePacket, HEADER_BYTES, PACKET_STATUS, PACKET_TYPE, PacketReader, type Packet, type PacketHeader } from "./packet.ts";
 import {
   errorReply,
   PROCEDURES,
@@ -23,14 +23,34 @@ const KEEPALIVE = { program: 0x6b656570, ping: 1, pong: 2 } as const;
 
 const MAX_SERIAL = 0xffff_ffff;
 
+/** The most that is kept of a stream's packets which overtake the reply that opens it. */
+const MAX_EARLY_BYTES = 64 * 1024 * 1024;
+
 /** A call that waits for its turn or for its reply. It is out of `queue` and in `sent` until the reply comes, wanted or not: the daemon works on it. */
 interface Call {
   readonly name: ProcedureName;
   readonly program: number;
   readonly number: number;
   readonly payload: Uint8Array;
+  readonly early: EarlyPackets | undefined;
   readonly accept: (reply: Packet) => void;
   readonly fail: (error: Error) => void;
+}
+
+/**
+ * What has arrived of a stream before the reply of the call that opens it. libvirtd lets the stream go before its worker queues the reply: seen with
+ * DomainScreenshot of libvirt 9.0.
+ */
+interface EarlyPackets {
+  readonly packets: Packet[];
+  bytes: number;
+}
+
+/** What becomes of the reply to a call: `accept` while somebody waits for it, `drop` afterwards. */
+interface ReplyUse<T> {
+  readonly early: EarlyPackets | undefined;
+  readonly accept: (reply: Packet, call: Call) => T;
+  readonly drop: (reply: Packet, call: Call) => void;
 }
 
 /**
@@ -85,6 +105,7 @@ export class Connection {
   async call<Name extends ProcedureName>(name: Name, args: Arguments<Name>, signal?: AbortSignal): Promise<Result<Name>> {
     const procedure: Procedure<Arguments<Name>, Result<Name>> = PROCEDURES[name];
     return this.#request(name, args, signal, {
+      early: undefined,
       accept: (reply) => decodeAll(procedure.result, reply.payload),
       drop: () => undefined,
     });
@@ -97,11 +118,15 @@ export class Connection {
     signal?: AbortSignal,
   ): Promise<{ readonly result: Result<Name>; readonly stream: CallStream }> {
     const procedure: Procedure<Arguments<Name>, Result<Name>> = PROCEDURES[name];
+    const early: EarlyPackets = { packets: [], bytes: 0 };
     return this.#request(name, args, signal, {
-      accept: (reply, call) => ({
-        result: decodeAll(procedure.result, reply.payload),
-        stream: this.#createStream(reply.serial, call, signal),
-      }),
+      early,
+      accept: (reply, call) => {
+        const result = decodeAll(procedure.result, reply.payload);
+        const stream = this.#createStream(reply.serial, call, signal);
+        for (const packet of early.packets.splice(0)) this.#acceptStreamed(packet, call, stream);
+        return { result, stream };
+      },
       drop: (reply, call) => abandon(this.#createStream(reply.serial, call, undefined), signal?.reason),
     });
   }
@@ -128,7 +153,7 @@ export class Connection {
     name: Name,
     args: Arguments<Name>,
     signal: AbortSignal | undefined,
-    reply: { readonly accept: (packet: Packet, call: Call) => T; readonly drop: (packet: Packet, call: Call) => void },
+    reply: ReplyUse<T>,
   ): Promise<T> {
     const procedure: Procedure<Arguments<Name>, Result<Name>> = PROCEDURES[name];
     const payload = encodeAll(procedure.args, args);
@@ -147,6 +172,7 @@ export class Connection {
         program: procedure.program,
         number: procedure.number,
         payload,
+        early: reply.early,
         accept: (packet) => {
           signal?.removeEventListener("abort", abort);
           try {
@@ -241,11 +267,21 @@ export class Connection {
       return;
     }
     const call = this.#sent.get(packet.serial);
-    if (call !== undefined && belongs(packet, call)) {
-      this.#sent.delete(packet.serial);
-      call.accept(packet);
-      this.#sendQueued();
+    if (call === undefined || !belongs(packet, call)) return;
+    if (call.early !== undefined && packet.status === PACKET_STATUS.continue) {
+      this.#keepEarly(packet, call.name, call.early);
+      return;
     }
+    this.#sent.delete(packet.serial);
+    call.accept(packet);
+    this.#sendQueued();
+  }
+
+  #keepEarly(packet: Packet, name: ProcedureName, early: EarlyPackets): void {
+    early.packets.push(packet);
+    early.bytes += HEADER_BYTES + packet.payload.length;
+    if (early.bytes > MAX_EARLY_BYTES)
+      this.#end(this.#error("framing", `${name} sent ${early.bytes} bytes of its stream before its reply`));
   }
 
   #acceptMessage(packet: Packet): void {

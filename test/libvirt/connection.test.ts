@@ -426,6 +426,27 @@ test("takes stream packets that arrive together with the reply that opens the st
   expect(await stream.read()).toEqual({ data: Buffer.from("abc") });
 });
 
+test("keeps stream packets that overtake the reply that opens the stream", async () => {
+  const { daemon, connection } = openFake();
+  const opening = connection.openStream("DomainScreenshot", [{ name: "web", uuid: UUID, id: 1 }, 0, 0]);
+  const call = await daemon.next();
+  daemon.send({ ...call, type: STREAM, status: CONTINUE }, Buffer.from("abc"));
+  daemon.send({ ...call, type: STREAM, status: CONTINUE });
+  daemon.reply(call, some(text("image/png")));
+  const { result, stream } = await opening;
+  expect(result).toBe("image/png");
+  expect(await stream.read()).toEqual({ data: Buffer.from("abc") });
+  expect(await stream.read()).toBeUndefined();
+});
+
+test("ends when a stream's packets overtake the reply without end", async () => {
+  const { daemon, connection } = openFake();
+  const opening = failure(connection.openStream("StorageVolDownload", [VOLUME, 0, 0, 0]));
+  const call = await daemon.next();
+  for (let sent = 0; sent <= 64; sent += 1) daemon.send({ ...call, type: STREAM, status: CONTINUE }, Buffer.alloc(1024 * 1024));
+  expect(await opening).toMatchObject({ name: "ConnectionError", phase: "framing" });
+});
+
 test("gives a waiting reader what comes", async () => {
   const { daemon, connection } = openFake();
   const { call, stream } = await openDownload(daemon, connection);
