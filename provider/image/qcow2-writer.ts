@@ -192,10 +192,16 @@ export class Qcow2Writer {
 
   /**
    * Ends the data: what is still held, then the tables. To be called once; the writes are made while they are iterated, once. `fileSizeBytes` is
-   * where they end.
+   * where they end. Throws ImageError when a cluster still lacks pieces that were announced.
    */
   finish(): { readonly writes: Iterable<Write>; readonly fileSizeBytes: number } {
     if (this.#plan !== undefined) throw new Error("the qcow2 writer is finished already");
+    const [lacking] = this.#held.keys();
+    if (this.#expectedSectors !== undefined && lacking !== undefined) {
+      throw new ImageError(
+        `the source did not give all data of the cluster at guest offset ${lacking * this.clusterBytes} that its tables promise`,
+      );
+    }
     const last: Write[] = [];
     for (const [cluster, held] of [...this.#held].sort(([a], [b]) => a - b)) this.#store(cluster, held.bytes, last);
     this.#held.clear();

@@ -223,6 +223,15 @@ test("refuses pieces so scattered that too much would be held, before any is wri
   expect(writeAll).toThrow("smaller clusters are needed");
 });
 
+test("refuses to finish while announced pieces of a cluster are missing", () => {
+  const pieces = [{ virtualOffset: 0, lengthBytes: 4096 }];
+  const writer = new Qcow2Writer({ virtualSizeBytes: MIB, layout: "sparse", pieces });
+  writer.write(0, Buffer.alloc(2048, 1));
+  expect(() => writer.finish()).toThrow("did not give all data of the cluster at guest offset 0");
+  expect(writer.write(2048, Buffer.alloc(2048, 1))).toHaveLength(1);
+  expect(writer.finish().fileSizeBytes).toBe(6 * 65_536);
+});
+
 test("chooses clusters of 64 KiB unless the pieces lie too far apart for them", () => {
   expect(chooseClusterBytes(interleaved(500), 4096)).toBe(65_536);
   expect(chooseClusterBytes(interleaved(2000), 4096)).toBe(4096);
