@@ -75,6 +75,7 @@ export class PartFile implements AsyncDisposable {
   readonly #sent = new Map<string, { readonly digest: string; readonly frame: Uint8Array }>();
   readonly #spare: Uint8Array[] = [];
   #frame: Uint8Array = new Uint8Array(FRAME_BYTES);
+  #abandonWrite: (error: unknown) => void = () => {};
   #frameOffset = 0;
   #frameLength = 0;
   #sentBytes = 0;
@@ -86,6 +87,8 @@ export class PartFile implements AsyncDisposable {
     this.#path = path;
     // Whatever breaks the stream settles `done`; an unheard "error" event would end the process.
     stream.io.on("error", () => {});
+    // A write that is under way when its process dies never calls back.
+    stream.done.catch((error: unknown) => this.#abandonWrite(error));
     this.#answers = new Answers(stream, (error) => this.#explain(error));
   }
 
@@ -248,6 +251,7 @@ export class PartFile implements AsyncDisposable {
   /** Resolves when the transport has taken the bytes. */
   async #send(bytes: string | Uint8Array): Promise<void> {
     await new Promise<void>((resolve, reject) => {
+      this.#abandonWrite = reject;
       this.#stream.io.write(bytes, (error) => (error ? reject(error) : resolve()));
     }).catch(async (error: unknown) => {
       // The receiver's last line says why it hung up; the broken pipe is only how we noticed.
