@@ -2,7 +2,7 @@
 import { mkdir, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { zstdDecompressSync } from "node:zlib";
-import { exists } from "../setup/cache.ts";
+import { exists } from "../setup/files.ts";
 import { runCommand } from "../setup/command.ts";
 
 const DOWNLOAD_TIMEOUT_MS = 300_000;

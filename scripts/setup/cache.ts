@@ -1,7 +1,8 @@
 /** What is made once per user and kept outside the clone. */
-import { access, mkdir, mkdtemp, rename, rm } from "node:fs/promises";
+import { mkdir, mkdtemp, rename, rm } from "node:fs/promises";
 import { homedir } from "node:os";
 import { dirname, join } from "node:path";
+import { exists } from "./files.ts";
 
 /** `${XDG_CACHE_HOME:-~/.cache}/virtlift/<parts>`. Source: XDG Base Directory Specification. */
 export function cachePath(...parts: readonly string[]): string {
@@ -27,11 +28,4 @@ export async function fillOnce(path: string, fill: (temporary: string) => Promis
   } finally {
     await rm(temporary, { recursive: true, force: true });
   }
-}
-
-export async function exists(path: string): Promise<boolean> {
-  return access(path).then(
-    () => true,
-    () => false,
-  );
 }

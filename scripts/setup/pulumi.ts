@@ -5,8 +5,9 @@ import { createRequire } from "node:module";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { env } from "node:process";
-import { cachePath, exists, fillOnce } from "./cache.ts";
+import { cachePath, fillOnce } from "./cache.ts";
 import { runCommand } from "./command.ts";
+import { exists, findExecutable } from "./files.ts";
 import { type Note, step } from "./steps.ts";
 
 /** The oldest CLI that the package's peer range of @pulumi/pulumi goes with. */
@@ -62,15 +63,6 @@ async function findOnPath(): Promise<string | undefined> {
   const numbers = stdout.trim().replace(/^v/, "").split(/[.+-]/).map(Number);
   const difference = OLDEST_CLI.map((oldest, index) => (numbers[index] ?? 0) - oldest).find((each) => each !== 0) ?? 0;
   return difference >= 0 ? dirname(path) : undefined;
-}
-
-/** Absolute path of a program on PATH; undefined when there is none. */
-export async function findExecutable(name: string, directories = (env["PATH"] ?? "").split(delimiter)): Promise<string | undefined> {
-  for (const directory of directories) {
-    const path = join(directory, name);
-    if (directory !== "" && (await exists(path))) return path;
-  }
-  return undefined;
 }
 
 /** The folder of the CLI in the cache, named by the hash of all that pins it. */
