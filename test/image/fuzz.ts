@@ -1,40 +1,48 @@
 /** Mutates small valid images and watches what the parsers make of them. The same seed does the same. */
 import { ImageError, MAX_READ_BYTES } from "../../provider/image/parser.ts";
 import { openImage } from "../../provider/image/open.ts";
-import { drive, fromBytes } from "./drive.ts";
-import { dynamicVhdSeed, fixedVhdSeed, vdiSeed, vhdxSeed } from "./seeds.ts";
+import { openOva } from "../../provider/image/ova.ts";
+import { readStamp } from "../../provider/image/qcow2.ts";
+import { drive, fromBytes, type Source } from "./drive.ts";
+import { dynamicVhdSeed, fixedVhdSeed, ovfSeed, sealTarHeader, sealVhd, sealVhdx, tarSeed, vdiSeed, vhdxSeed } from "./seeds.ts";
 import { cowdSeed, descriptorText, qcow2Seed, sparseVmdkSeed, streamVmdkSeed, VMDK_CAPACITY_SECTORS } from "./sparse-seeds.ts";
 
-/** A valid image and the files beside it; each of them is mutated. */
+/** A valid file and those beside it; each of them is mutated. */
 interface Seed {
   readonly name: string;
-  readonly image: Buffer;
+  readonly file: Buffer;
   readonly beside: Readonly<Record<string, Buffer>>;
+  /** Makes checksums right again, in place, so that mutations reach what they protect. */
+  readonly seal?: (bytes: Buffer) => unknown;
+  /** Parses the file and proves what comes out. Throws ImageError when it is refused. */
+  readonly parse: (source: Source, sizeBytes: number) => void;
 }
 
 function seeds(): readonly Seed[] {
   const extent = `RW ${VMDK_CAPACITY_SECTORS}`;
-  const alone = (name: string, image: Buffer): Seed => ({ name, image, beside: {} });
+  const image = (name: string, file: Buffer, more: Partial<Seed> = {}): Seed => ({ name, file, beside: {}, parse: proveImage, ...more });
+  const split = (name: string, type: string, line: string, bytes: Buffer): Seed =>
+    image(name, Buffer.from(descriptorText(type, [line])), { beside: { "a.vmdk": bytes } });
+  const disk = fixedVhdSeed();
+  const ova = tarSeed([
+    { name: "seed.ovf", data: Buffer.from(ovfSeed("seed-disk1.vhd", disk.length)) },
+    { name: "seed-disk1.vhd", data: disk },
+  ]);
+  const openArchive = (source: Source, sizeBytes: number): unknown => drive(openOva(sizeBytes), source, BUDGET);
   return [
-    alone("qcow2", qcow2Seed()),
-    alone("compressed qcow2", qcow2Seed(true)),
-    alone("monolithicSparse", sparseVmdkSeed()),
-    alone("streamOptimized", streamVmdkSeed()),
-    {
-      name: "split VMDK",
-      image: Buffer.from(descriptorText("twoGbMaxExtentSparse", [`${extent} SPARSE "a.vmdk"`])),
-      beside: { "a.vmdk": sparseVmdkSeed("") },
-    },
-    { name: "COWD", image: Buffer.from(descriptorText("vmfsSparse", [`${extent} VMFSSPARSE "a.vmdk"`])), beside: { "a.vmdk": cowdSeed() } },
-    {
-      name: "flat VMDK",
-      image: Buffer.from(descriptorText("monolithicFlat", ['RW 8 FLAT "a.vmdk" 0'])),
-      beside: { "a.vmdk": Buffer.alloc(4096, 1) },
-    },
-    alone("fixed VHD", fixedVhdSeed()),
-    alone("dynamic VHD", dynamicVhdSeed()),
-    alone("VHDX", vhdxSeed()),
-    alone("VDI", vdiSeed()),
+    image("qcow2", qcow2Seed()),
+    image("compressed qcow2", qcow2Seed(true)),
+    { name: "stamp", file: qcow2Seed(), beside: {}, parse: (source) => drive(readStamp(), source, BUDGET) },
+    image("monolithicSparse", sparseVmdkSeed()),
+    image("streamOptimized", streamVmdkSeed()),
+    split("split VMDK", "twoGbMaxExtentSparse", `${extent} SPARSE "a.vmdk"`, sparseVmdkSeed("")),
+    split("COWD", "vmfsSparse", `${extent} VMFSSPARSE "a.vmdk"`, cowdSeed()),
+    split("flat VMDK", "monolithicFlat", 'RW 8 FLAT "a.vmdk" 0', Buffer.alloc(4096, 1)),
+    image("fixed VHD", disk, { seal: sealVhd }),
+    image("dynamic VHD", dynamicVhdSeed(), { seal: sealVhd }),
+    image("VHDX", vhdxSeed(), { seal: sealVhdx }),
+    image("VDI", vdiSeed()),
+    { name: "OVA", file: ova, beside: {}, seal: sealTarHeader, parse: openArchive },
   ];
 }
 
@@ -94,9 +102,10 @@ export function fuzz(seed: number, durationMs: number): FuzzResult {
     const beside = Object.fromEntries(
       Object.entries(chosen.beside).map(([name, bytes]) => [name, below(2) === 0 ? mutated(bytes, below) : bytes]),
     );
-    const image = mutated(chosen.image, below);
+    const file = mutated(chosen.file, below);
+    if (below(4) === 0 && file.length === chosen.file.length) chosen.seal?.(file);
     try {
-      if (!isRead(image, beside)) refused++;
+      if (!isRead(chosen, file, beside)) refused++;
     } catch (error) {
       throw new Error(`${chosen.name}, round ${parses} of seed ${seed}: ${String(error)}`, { cause: error });
     }
@@ -104,21 +113,11 @@ export function fuzz(seed: number, durationMs: number): FuzzResult {
   return { parses, refused };
 }
 
-/** Whether the parsers took it. */
-function isRead(bytes: Buffer, beside: Readonly<Record<string, Buffer>>): boolean {
-  const source = fromBytes(bytes, beside);
+/** Whether the parser took it. */
+function isRead(seed: Seed, file: Buffer, beside: Readonly<Record<string, Buffer>>): boolean {
   const start = performance.now();
   try {
-    const image = drive(openImage({ sizeBytes: bytes.length }), source, BUDGET);
-    let guestEnd = 0;
-    for (const run of drive(image.runs(), source, BUDGET)) {
-      const sizeBytes = source.size(image.files[run.file]?.name ?? "?") ?? 0;
-      if (run.storedBytes <= 0 || run.fileOffset < 0 || run.fileOffset + run.storedBytes > sizeBytes)
-        throw new Error(`a run lies outside its file: ${JSON.stringify(run)}`);
-      if (run.lengthBytes <= 0 || run.virtualOffset < 0) throw new Error(`a run lies outside the disk: ${JSON.stringify(run)}`);
-      guestEnd = Math.max(guestEnd, run.virtualOffset + run.lengthBytes);
-    }
-    if (guestEnd > image.virtualSizeBytes) throw new Error(`a run ends at ${guestEnd} of ${image.virtualSizeBytes} bytes`);
+    seed.parse(fromBytes(file, beside), file.length);
     return true;
   } catch (error) {
     if (!(error instanceof ImageError)) throw error;
@@ -129,6 +128,19 @@ function isRead(bytes: Buffer, beside: Readonly<Record<string, Buffer>>): boolea
     // oxlint-disable-next-line no-unsafe-finally -- slowness outweighs what was found before it
     if (elapsedMs > MAX_PARSE_MS) throw new Error(`a parse took ${elapsedMs} ms`);
   }
+}
+
+function proveImage(source: Source, sizeBytes: number): void {
+  const image = drive(openImage({ sizeBytes }), source, BUDGET);
+  let guestEnd = 0;
+  for (const run of drive(image.runs(), source, BUDGET)) {
+    const fileSizeBytes = source.size(image.files[run.file]?.name ?? "?") ?? 0;
+    const isInFile = run.storedBytes > 0 && run.fileOffset >= 0 && run.fileOffset + run.storedBytes <= fileSizeBytes;
+    if (!isInFile) throw new Error(`a run lies outside its file: ${JSON.stringify(run)}`);
+    if (run.lengthBytes <= 0 || run.virtualOffset < 0) throw new Error(`a run lies outside the disk: ${JSON.stringify(run)}`);
+    guestEnd = Math.max(guestEnd, run.virtualOffset + run.lengthBytes);
+  }
+  if (guestEnd > image.virtualSizeBytes) throw new Error(`a run ends at ${guestEnd} of ${image.virtualSizeBytes} bytes`);
 }
 
 function mutated(bytes: Buffer, below: (limit: number) => number): Buffer {
