@@ -1,0 +1,156 @@
+/** A machine that runs: starting, stopping, its addresses, and waiting for what it shows. */
+import { setTimeout as sleep } from "node:timers/promises";
+import { CommandError, LibvirtError } from "../errors.ts";
+import type { Host } from "../host/hosts.ts";
+import type { Libvirt } from "../libvirt/client.ts";
+import { DOMAIN_SHUTDOWN, DOMAIN_STATE, INTERFACE_ADDRESSES_SOURCE, LIBVIRT_ERROR } from "../libvirt/constants.ts";
+import type { Domain } from "../libvirt/procedures.ts";
+import type { Context } from "./resource.ts";
+import type { Wait } from "./virtual-machine-schema.ts";
+
+const POLL_MS = 500;
+/** A guest that is still booting does not hear the power button: it is pressed again after this time. */
+const PRESS_AGAIN_MS = 10_000;
+/** Much more than what a guest writes while it boots. */
+const SERIAL_TAIL_BYTES = 1024 * 1024;
+
+export type PowerState = "running" | "paused" | "stopped";
+
+/** A machine and what is needed to talk about it. */
+export interface Guest {
+  readonly context: Context;
+  readonly host: Host;
+  readonly libvirt: Libvirt;
+  readonly domain: Domain;
+}
+
+/** The guest did not do in time what it was to do. The message says what was seen. */
+export class GuestTimeout extends Error {
+  override readonly name = "GuestTimeout";
+}
+
+export async function powerStateOf({ libvirt, domain }: Pick<Guest, "libvirt" | "domain">): Promise<PowerState> {
+  const { state } = await libvirt.domainGetState(domain);
+  if (state === DOMAIN_STATE.paused || state === DOMAIN_STATE.pmSuspended) return "paused";
+  return state === DOMAIN_STATE.shutoff || state === DOMAIN_STATE.crashed || state === DOMAIN_STATE.none ? "stopped" : "running";
+}
+
+/** Starts or resumes it. Resolves with whether it did anything. */
+export async function startGuest(guest: Guest): Promise<boolean> {
+  const power = await powerStateOf(guest);
+  if (power === "stopped") await guest.libvirt.domainCreate(guest.domain);
+  if (power === "paused") await guest.libvirt.domainResume(guest.domain);
+  return power !== "running";
+}
+
+/** Asks the guest to shut down and, after the time, cuts its power or throws GuestTimeout. A cut is always logged. */
+export async function stopGuest(
+  guest: Guest,
+  policy: { readonly timeoutSeconds: number; readonly onTimeout: "fail" | "cut" },
+): Promise<void> {
+  const { context, host, libvirt, domain } = guest;
+  const power = await powerStateOf(guest);
+  if (power === "stopped") return;
+  if (power === "paused") await libvirt.domainResume(domain);
+  const deadline = performance.now() + policy.timeoutSeconds * 1000;
+  let pressedMs = Number.NEGATIVE_INFINITY;
+  while (performance.now() < deadline) {
+    if (performance.now() - pressedMs >= PRESS_AGAIN_MS) {
+      await pressPowerButton(guest);
+      pressedMs = performance.now();
+    }
+    await sleep(POLL_MS, undefined, { signal: context.signal });
+    if ((await powerStateOf(guest)) === "stopped") return;
+  }
+  const seen = `${domain.name} on ${host.label} did not shut down within ${policy.timeoutSeconds} s of being asked by ACPI`;
+  if (policy.onTimeout === "fail") {
+    throw new GuestTimeout(`${seen}: shut it down from inside, or set \`onShutdownTimeout: "cut"\``);
+  }
+  context.log("warn", `${seen}: its power was cut`);
+  await unlessStopped(libvirt.domainDestroy(domain));
+}
+
+async function pressPowerButton({ libvirt, domain }: Guest): Promise<void> {
+  await unlessStopped(libvirt.domainShutdownFlags(domain, DOMAIN_SHUTDOWN.acpiPowerButton));
+}
+
+/** A guest may stop by itself between the look at it and the call. */
+async function unlessStopped(called: Promise<void>): Promise<void> {
+  try {
+    await called;
+  } catch (error) {
+    if (!(error instanceof LibvirtError) || error.code !== LIBVIRT_ERROR.operationInvalid) throw error;
+  }
+}
+
+/** Addresses that others can reach the guest at, IPv4 first: by its lease, else by its agent; empty when neither tells. */
+export async function addressesOf({ libvirt, domain }: Pick<Guest, "libvirt" | "domain">): Promise<readonly string[]> {
+  for (const source of [INTERFACE_ADDRESSES_SOURCE.lease, INTERFACE_ADDRESSES_SOURCE.agent]) {
+    try {
+      const interfaces = await libvirt.domainInterfaceAddresses(domain, source);
+      const addresses = interfaces.flatMap(({ addrs }) => addrs).filter(({ addr }) => isReachable(addr));
+      if (addresses.length > 0) return addresses.toSorted((one, other) => one.type - other.type).map(({ addr }) => addr);
+    } catch (error) {
+      // No agent, no lease file for this kind of network, or not running: then this source tells nothing.
+      if (!(error instanceof LibvirtError)) throw error;
+    }
+  }
+  return [];
+}
+
+/** Not loopback and not link-local: RFC 1122, 3927, 4291. */
+function isReachable(address: string): boolean {
+  return !/^(127\.|169\.254\.|0\.0\.0\.0$|::1?$|fe[89ab])/i.test(address);
+}
+
+/** Waits for each in turn. Throws GuestTimeout with what was seen when one does not come in its time. */
+export async function waitForGuest(guest: Guest, waits: readonly Wait[], serialLog: string): Promise<void> {
+  for (const wait of waits) {
+    if (wait.type === "delay") await sleep(wait.seconds * 1000, undefined, { signal: guest.context.signal });
+    else await waitFor(guest, wait, wait.type === "ipv4" ? () => lookForAddress(guest) : () => lookForText(guest, wait.text, serialLog));
+  }
+}
+
+/** What a look found: what is waited for, or a few words about what there is in its place. */
+interface Look {
+  readonly isThere: boolean;
+  readonly seen: string;
+}
+
+async function waitFor(guest: Guest, wait: Exclude<Wait, { type: "delay" }>, look: () => Promise<Look>): Promise<void> {
+  const { context, host, domain } = guest;
+  const what = wait.type === "ipv4" ? "no IPv4 address" : `no ${JSON.stringify(wait.text)} on its serial console`;
+  const startedMs = performance.now();
+  while (true) {
+    // Before the look: what a guest wrote until it stopped is all there then.
+    const isStopped = (await powerStateOf(guest)) === "stopped";
+    const { isThere, seen } = await look();
+    if (isThere) return;
+    if (isStopped) throw new GuestTimeout(`${domain.name} on ${host.label} stopped and showed ${what}: ${seen}`);
+    if (performance.now() - startedMs >= wait.timeoutSeconds * 1000) {
+      throw new GuestTimeout(`${domain.name} on ${host.label} runs, but showed ${what} within ${wait.timeoutSeconds} s: ${seen}`);
+    }
+    await sleep(POLL_MS, undefined, { signal: context.signal });
+  }
+}
+
+async function lookForAddress(guest: Guest): Promise<Look> {
+  const addresses = await addressesOf(guest);
+  const seen = addresses.length > 0 ? `it has ${addresses.join(", ")}` : "it has no lease, and no guest agent that answers";
+  return { isThere: addresses.some((address) => !address.includes(":")), seen };
+}
+
+async function lookForText({ host }: Guest, text: string, serialLog: string): Promise<Look> {
+  try {
+    const { stdout } = await host.run(["tail", "-c", String(SERIAL_TAIL_BYTES), "--", serialLog]);
+    const written = stdout.toString("utf8");
+    const lastLine = written.trimEnd().split(/\r?\n/).at(-1)?.slice(0, 200);
+    return {
+      isThere: written.includes(text),
+      seen: lastLine ? `the last line of ${serialLog} is ${JSON.stringify(lastLine)}` : `${serialLog} is empty`,
+    };
+  } catch (error) {
+    if (!(error instanceof CommandError)) throw error;
+    return { isThere: false, seen: error.message };
+  }
+}
