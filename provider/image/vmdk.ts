@@ -189,6 +189,12 @@ function* readSparseHeader(files: readonly ImageFile[], file: number): Parser<Sp
   const tableEntries = view.getUint32(44, true);
   if (tableEntries !== TABLE_ENTRIES)
     throw new ImageError(`${what} has grain tables of ${tableEntries} entries; ${TABLE_ENTRIES} are expected`);
+  const overheadBytes = u64(64, "overhead");
+  if (overheadBytes > sizeBytes) {
+    throw new ImageError(
+      `${what}'s header says that grains begin at ${overheadBytes}, but the file ends at ${sizeBytes}: it is truncated or damaged`,
+    );
+  }
   const descriptorOffset = u64(28, "descriptor's offset");
   const descriptorBytes = u64(36, "descriptor's size");
   const reserved = [{ offset: 0, lengthBytes: HEADER_BYTES }];

@@ -278,6 +278,11 @@ const VMDK: readonly Hostile[] = [
     image: sparse((bytes) => bytes.writeBigUInt64LE(0n, 56)),
     says: "grain directory should lie at file offset 0",
   },
+  {
+    name: "grains that begin beyond the end",
+    image: sparse((bytes) => bytes.writeBigUInt64LE(1n << 30n, 64)),
+    says: "grains begin at 549755813888, but the file ends at",
+  },
   { name: "a descriptor beyond the end", image: sparse((bytes) => bytes.writeBigUInt64LE(1n << 40n, 28)), says: "descriptor ends early" },
   { name: "a descriptor of 2^40 bytes", image: sparse((bytes) => bytes.writeBigUInt64LE(1n << 31n, 36)), says: "at most 2097152 are read" },
   {
