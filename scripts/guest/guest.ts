@@ -95,6 +95,11 @@ export async function prepareGuest(format: GuestFormat = "raw", options: GuestOp
   return { ...image, path: join(converted, name) };
 }
 
+/** Path of the guest's kernel, for a trial without a disk. */
+export async function prepareGuestKernel(): Promise<string> {
+  return join(await prepareParts(), "vmlinuz");
+}
+
 /** Hexadecimal SHA-256 of a file, read as a stream. */
 export async function hashFile(path: string): Promise<string> {
   const hash = createHash("sha256");
