@@ -1,6 +1,7 @@
 /** The text that describes a VMDK: its kind and its extents. Source: VMware's Virtual Disk Format 5.0, "The Descriptor File". */
 import { Buffer } from "node:buffer";
 import { ImageError } from "./parser.ts";
+import { quoted } from "./words.ts";
 
 /** How every descriptor begins, in any case. */
 export const DESCRIPTOR_START = "# disk descriptorfile";
@@ -60,8 +61,8 @@ export function parseDescriptor(bytes: Uint8Array): Descriptor {
     }
     const [, key, value] = /^([\w.:-]+)\s*=\s*(.*)$/.exec(line) ?? [];
     if (key === undefined || value === undefined)
-      throw new ImageError(`line ${index + 1} of the VMDK's descriptor means nothing: ${shown(line)}`);
-    if (values.has(key) && !key.startsWith("ddb.")) throw new ImageError(`the VMDK's descriptor has ${shown(key)} twice`);
+      throw new ImageError(`line ${index + 1} of the VMDK's descriptor means nothing: ${quoted(line)}`);
+    if (values.has(key) && !key.startsWith("ddb.")) throw new ImageError(`the VMDK's descriptor has ${quoted(key)} twice`);
     values.set(key, unquoted(value));
   }
   refuseParent(values);
@@ -86,24 +87,24 @@ function parseCreateType(value: string | undefined): CreateType {
     throw new ImageError("the VMDK is of type seSparse, a snapshot's format: consolidate the snapshots, or export the machine");
   const known = Object.keys(EXTENT_TYPES) as readonly CreateType[];
   const createType = known.find((type) => type.toLowerCase() === value.toLowerCase());
-  if (createType === undefined) throw new ImageError(`the VMDK is of type ${shown(value)}, which is not read; ${known.join(", ")} are`);
+  if (createType === undefined) throw new ImageError(`the VMDK is of type ${quoted(value)}, which is not read; ${known.join(", ")} are`);
   return createType;
 }
 
 function parseExtent(line: string, createType: CreateType): DescriptorExtent {
   const [, access, sectors, type, , file, offset] = /^(\w+)\s+(\d{1,15})\s+(\w+)(\s+"([^"]*)"(?:\s+(\d{1,15}))?)?$/.exec(line) ?? [];
   if (access === undefined || sectors === undefined || type === undefined)
-    throw new ImageError(`the VMDK's extent line means nothing: ${shown(line)}`);
-  if (access === "NOACCESS") throw new ImageError(`the VMDK has an extent that must not be read: ${shown(line)}`);
+    throw new ImageError(`the VMDK's extent line means nothing: ${quoted(line)}`);
+  if (access === "NOACCESS") throw new ImageError(`the VMDK has an extent that must not be read: ${quoted(line)}`);
   const allowed: readonly ExtentType[] = EXTENT_TYPES[createType];
   const known = allowed.find((name) => name === type);
-  if (known === undefined) throw new ImageError(`the VMDK's extent is of type ${shown(type)}, which is not read in a ${createType} disk`);
+  if (known === undefined) throw new ImageError(`the VMDK's extent is of type ${quoted(type)}, which is not read in a ${createType} disk`);
   const lengthBytes = Number(sectors) * SECTOR_BYTES;
   const fileOffset = Number(offset ?? "0") * SECTOR_BYTES;
-  if (lengthBytes === 0) throw new ImageError(`the VMDK has an extent of 0 sectors: ${shown(line)}`);
-  if (!Number.isSafeInteger(lengthBytes + fileOffset)) throw new ImageError(`the VMDK's extent is larger than any file: ${shown(line)}`);
+  if (lengthBytes === 0) throw new ImageError(`the VMDK has an extent of 0 sectors: ${quoted(line)}`);
+  if (!Number.isSafeInteger(lengthBytes + fileOffset)) throw new ImageError(`the VMDK's extent is larger than any file: ${quoted(line)}`);
   if (file === undefined || !isPlainName(file)) {
-    throw new ImageError(`the VMDK's extent names ${shown(file ?? "no file")}; only a plain name of a file beside the descriptor is read`);
+    throw new ImageError(`the VMDK's extent names ${quoted(file ?? "no file")}; only a plain name of a file beside the descriptor is read`);
   }
   return { lengthBytes, type: known, file, fileOffset };
 }
@@ -115,9 +116,4 @@ function isPlainName(name: string): boolean {
 
 function unquoted(value: string): string {
   return value.length >= 2 && value.startsWith('"') && value.endsWith('"') ? value.slice(1, -1) : value;
-}
-
-/** Foreign text in an error: quoted, on one line, short. */
-function shown(text: string): string {
-  return JSON.stringify(text.length > 80 ? `${text.slice(0, 80)}...` : text);
 }
