@@ -198,6 +198,11 @@ export const VirtualMachineSchema = z.strictObject({
   shutdownTimeoutSeconds: timeoutSeconds.default(120),
   /** What happens to a guest that does not shut down in time: `fail` (default) leaves it running and says so, `cut` cuts its power. A deleted machine is always cut. */
   onShutdownTimeout: z.enum(["fail", "cut"]).default("fail"),
+  /**
+   * Absolute path, on the host, of the file that keeps what the guest writes to its first serial port since its last start. Its folder exists.
+   * Default: `<name>-serial0.log` where libvirt keeps the logs of machines, `/var/log/libvirt/qemu`.
+   */
+  serialLog: PathSchema.optional(),
   /** `<organization>/<project>/<stack>/<logical name>`: set by the class, the identity of the machine on the host. */
   origin: z
     .string()

@@ -33,7 +33,7 @@ export type PlacedNetwork = DeclaredNetwork & { readonly mac: string; readonly m
 /** A machine as checked: all of it is known in preview. */
 export interface MachineInputs extends Omit<
   VirtualMachineArgs,
-  "host" | "name" | "uuid" | "importedDisk" | "image" | "disks" | "networks" | "domainType"
+  "host" | "name" | "uuid" | "importedDisk" | "image" | "disks" | "networks" | "domainType" | "serialLog"
 > {
   readonly host: DeclaredHost;
   readonly name: string;

@@ -206,7 +206,7 @@ function unplaced(args: Identified, olds: MachineInputs | undefined): Partial<Re
     macAddresses: networks.map(({ mac }) => mac),
     domainType: args.domainType ?? domainType,
     diskPaths,
-    serialLog,
+    serialLog: args.serialLog ?? serialLog,
     cpu: args.cpu ?? cpu,
   };
 }
@@ -237,7 +237,7 @@ async function place(
     networks,
     macAddresses: networks.map(({ mac }) => mac),
     diskPaths: [placedDisk?.path ?? placedImage?.volumePath ?? "", ...disks.map(({ path }) => path)],
-    serialLog: isSameHost && olds.name === name ? olds.serialLog : await serialLogPath(host, name),
+    serialLog: args.serialLog ?? (await serialLogPath(host, name)),
   };
 }
 
@@ -356,7 +356,7 @@ function changesOf(olds: MachineInputs | MachineState, news: MachineInputs): rea
 }
 
 /** What follows from other properties, and would only repeat them. */
-const DERIVED: ReadonlySet<keyof MachineInputs> = new Set(["macAddresses", "diskPaths", "serialLog", "declared"]);
+const DERIVED: ReadonlySet<keyof MachineInputs> = new Set(["macAddresses", "diskPaths", "declared"]);
 
 /** Keys that are undefined count as absent: states lose them when they are stored. */
 function isSame(one: unknown, other: unknown): boolean {
