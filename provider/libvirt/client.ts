@@ -71,7 +71,7 @@ export interface Download extends AsyncIterable<Piece> {
  * An open connection to libvirt.
  *
  * Every method throws LibvirtError when libvirt refuses (`code` says why), and ConnectionError when the answer did not come: phase "closed", "framing" or
- * "aborted". At most five calls are under way at a time, more wait. A bulk stream holds up every call behind it, and a stream that is not read holds up all:
+ * "aborted". At most four calls are under way at a time, more wait. A bulk stream holds up every call behind it, and a stream that is not read holds up all:
  * give such streams, and calls that last (StorageVolCreateXMLFrom), a connection of their own.
  *
  * Sizes are in bytes unless the method says KiB. `flags` are the constants of `constants.ts`.

@@ -15,8 +15,8 @@ import {
 import { CallStream } from "./stream.ts";
 import { decodeAll, encodeAll, XdrError, type Codec } from "./xdr.ts";
 
-/** libvirtd.conf `max_client_requests`, default 5: at more the daemon stops reading this connection. */
-const MAX_CALLS_IN_FLIGHT = 5;
+/** libvirtd.conf `max_client_requests` is 5, and the packet that it is about to read counts: at 5 it logs a warning and stops reading (seen with 9.0). */
+const MAX_CALLS_IN_FLIGHT = 4;
 
 /** virkeepaliveprotocol.x: program, and the procedures PING and PONG. */
 const KEEPALIVE = { program: 0x6b656570, ping: 1, pong: 2 } as const;
@@ -97,7 +97,7 @@ export class Connection {
   }
 
   /**
-   * Calls a procedure and decodes its result. More than five calls wait for their turn here.
+   * Calls a procedure and decodes its result. With four calls under way, a further one waits for its turn here.
    *
    * Throws LibvirtError when libvirt refuses; ConnectionError when the connection ends (phase "closed"), the reply cannot be understood ("framing"), or the
    * signal fires ("aborted": the reply is then dropped, but libvirt still does what it was asked); XdrError when an argument does not fit its type.

@@ -81,16 +81,16 @@ test("takes replies in any order", async () => {
   expect(await Promise.all(names)).toEqual(["answer 0", "answer 1", "answer 2"]);
 });
 
-test("keeps five calls in flight and sends the next when one is answered", async () => {
+test("keeps four calls in flight and sends the next when one is answered", async () => {
   const { daemon, connection } = openFake();
   const answers = Promise.all(Array.from({ length: 7 }, () => connection.call("ConnectGetHostname", [])));
   const calls: SeenPacket[] = [];
-  for (let index = 0; index < 5; index += 1) calls.push(await daemon.next());
+  for (let index = 0; index < 4; index += 1) calls.push(await daemon.next());
   expect(await daemon.isQuiet()).toBe(true);
   while (calls.length > 0) {
     const call = calls.shift();
     if (call !== undefined) daemon.reply(call, text(`host ${call.serial}`));
-    if ((call?.serial ?? 0) <= 2) calls.push(await daemon.next());
+    if ((call?.serial ?? 0) <= 3) calls.push(await daemon.next());
   }
   expect(await answers).toEqual(["host 1", "host 2", "host 3", "host 4", "host 5", "host 6", "host 7"]);
 });
@@ -241,28 +241,28 @@ test("gives a call up when its signal fires, but leaves its place taken until li
   const { daemon, connection } = openFake();
   const given = new AbortController();
   const answer = failure(connection.call("ConnectGetHostname", [], given.signal));
-  const others = Array.from({ length: 5 }, () => connection.call("ConnectGetHostname", []));
+  const others = Array.from({ length: 4 }, () => connection.call("ConnectGetHostname", []));
   const calls: SeenPacket[] = [];
-  for (let index = 0; index < 5; index += 1) calls.push(await daemon.next());
+  for (let index = 0; index < 4; index += 1) calls.push(await daemon.next());
   given.abort(new Error("the engine is gone"));
   expect(await answer).toMatchObject({ name: "ConnectionError", phase: "aborted" });
   expect((await answer).message).toBe("ConnectGetHostname was given up: the engine is gone (host kvm1)");
   expect(await daemon.isQuiet()).toBe(true);
   for (const call of calls) daemon.reply(call, text("kvm1"));
   daemon.reply(await daemon.next(), text("kvm1"));
-  expect(await Promise.all(others)).toHaveLength(5);
+  expect(await Promise.all(others)).toHaveLength(4);
 });
 
 test("never sends a queued call that was given up, nor one whose signal had fired before", async () => {
   const { daemon, connection } = openFake();
   const given = new AbortController();
-  const others = Array.from({ length: 5 }, () => connection.call("ConnectGetHostname", []));
+  const others = Array.from({ length: 4 }, () => connection.call("ConnectGetHostname", []));
   const queued = failure(connection.call("ConnectGetUri", [], given.signal));
   given.abort();
   expect(await queued).toMatchObject({ phase: "aborted" });
   expect(await failure(connection.call("ConnectGetUri", [], given.signal))).toMatchObject({ phase: "aborted" });
-  for (let index = 0; index < 5; index += 1) daemon.reply(await daemon.next(), text("kvm1"));
-  expect(await Promise.all(others)).toHaveLength(5);
+  for (let index = 0; index < 4; index += 1) daemon.reply(await daemon.next(), text("kvm1"));
+  expect(await Promise.all(others)).toHaveLength(4);
   expect(await daemon.isQuiet()).toBe(true);
 });
 
