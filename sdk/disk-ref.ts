@@ -8,7 +8,7 @@ import { type Host, type Later, withSecrets } from "./values.ts";
  * What may still become a disk (a promise, an output) is looked through; it stays secret if it is.
  */
 export function withDiskRefs(value: unknown): unknown {
-  if (ImportedDisk.isInstance(value)) return refOf(value);
+  if (ImportedDisk.isInstance(value)) return ImportedDisk.refOf(value);
   if (value instanceof Promise || pulumi.Output.isInstance(value))
     return pulumi.output(value).apply((known) => pulumi.output(withDiskRefs(known)));
   if (Array.isArray(value)) return value.map(withDiskRefs);
@@ -23,20 +23,4 @@ export function hostOf(disk: unknown): pulumi.Input<unknown> {
   if (disk instanceof Promise || pulumi.Output.isInstance(disk)) return pulumi.output(disk).apply((known) => pulumi.output(hostOf(known)));
   if (ImportedDisk.isInstance(disk)) return disk.host;
   return typeof disk === "object" && disk !== null && "host" in disk ? withSecrets(disk.host as Later<Host>) : undefined;
-}
-
-/** Each output but those that only the import finds out: with one of them, the machine would seem to change in every preview of its disk. */
-function refOf(disk: ImportedDisk): Readonly<Record<string, pulumi.Output<unknown>>> {
-  const { diskId, path, format, pool, declaration, migrationRef } = disk;
-  return {
-    diskId,
-    path,
-    format,
-    pool,
-    declaration,
-    migrationRef,
-    source: disk.source.apply((source) => ("ova" in source ? "ova" : "file")),
-    // Alone, as the host may hold a passphrase: a part of a secret is a secret, and so is all that it is in.
-    host: pulumi.unsecret(disk.host).apply(({ uri }) => uri),
-  };
 }

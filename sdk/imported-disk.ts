@@ -1,7 +1,7 @@
 /** The class of a disk that is imported into a libvirt storage pool. It declares only: `provider/resources/imported-disk.ts` does the work. */
 import * as pulumi from "@pulumi/pulumi";
 import type { z } from "zod";
-import type { ImportedDiskSchema } from "../provider/resources/schema.ts";
+import type { DiskRef, ImportedDiskSchema } from "../provider/resources/schema.ts";
 import { type Host, type Later, originOf, type Outputs, withSecrets } from "./values.ts";
 
 // Type and text are in every state that was ever stored: neither can change.
@@ -60,8 +60,14 @@ const OUTPUTS: Readonly<Record<keyof ImportedDiskState, undefined>> = {
   volumeName: undefined,
 };
 
-/** Found by its name, so that a disk of another copy of this package is known too. */
-const BRAND: unique symbol = Symbol.for("virtlift.ImportedDisk");
+/** Where a disk keeps the making of its reference. Found by its name, so that a disk of another copy of this package is known too. */
+const REF: unique symbol = Symbol.for("virtlift.ImportedDisk");
+
+/**
+ * What machines refer to a disk by: only what preview knows, also of a disk that exists. With any other output, and with one that may be absent,
+ * the machine would seem to change whenever it is previewed.
+ */
+export type DiskReference = Readonly<Record<keyof DiskRef, pulumi.Input<unknown>>>;
 
 // Pulumi assigns them all in its constructor, and the type of OUTPUTS keeps that list complete.
 // oxlint-disable-next-line typescript/no-unsafe-declaration-merging
@@ -72,14 +78,36 @@ export interface ImportedDisk extends Outputs<ImportedDiskState> {}
  * `pulumi preview` reads the image's header and the host, and changes nothing.
  */
 export class ImportedDisk extends pulumi.CustomResource {
-  readonly [BRAND] = true;
+  readonly [REF]: () => DiskReference;
 
   constructor(name: string, args: ImportedDiskArgs, options?: pulumi.CustomResourceOptions) {
     super(TYPE, name, { ...OUTPUTS, ...args, host: withSecrets(args.host), origin: originOf(name), __provider: PROVIDER }, options);
+    const { diskId, path, format, pool, declaration, source, host } = this;
+    this[REF] = () => ({
+      diskId,
+      path,
+      format,
+      pool,
+      declaration,
+      migrationRef: args.migrationRef,
+      source: source.apply((declared) => ("ova" in declared ? "ova" : "file")),
+      // Alone, as the host may hold a passphrase: a part of a secret is a secret, and so is all that it is in.
+      host: pulumi.unsecret(host).apply(uriOf),
+    });
   }
 
   /** Whether the value is a disk, of whichever copy of this package. */
   static override isInstance(value: unknown): value is ImportedDisk {
-    return typeof value === "object" && value !== null && BRAND in value;
+    return typeof value === "object" && value !== null && REF in value;
   }
+
+  /** What the properties of machines take in place of the disk. */
+  static refOf(disk: ImportedDisk): DiskReference {
+    return disk[REF]();
+  }
+}
+
+/** A host that no provider has resolved, as under Pulumi's mocks, is as the program gave it. */
+function uriOf(host: Host | undefined): pulumi.Input<string> | undefined {
+  return typeof host === "string" ? host : host?.uri;
 }

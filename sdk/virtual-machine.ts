@@ -2,6 +2,7 @@
 import * as pulumi from "@pulumi/pulumi";
 import type { z } from "zod";
 import type { DiskRefSchema } from "../provider/resources/schema.ts";
+import type { PowerState } from "../provider/resources/virtual-machine-guest.ts";
 import type { VirtualMachineSchema } from "../provider/resources/virtual-machine-schema.ts";
 import { hostOf, withDiskRefs } from "./disk-ref.ts";
 import type { ImportedDisk } from "./imported-disk.ts";
@@ -23,19 +24,29 @@ export type VirtualMachineArgs = {
 };
 
 /** What is known of a machine: its arguments as resolved, all of which preview knows, and what it is like on its host. */
-export interface VirtualMachineState extends Omit<Resolved, "origin" | "host" | "name" | "uuid"> {
+export interface VirtualMachineState extends Omit<Resolved, "origin" | "host" | "name" | "uuid" | "powerState"> {
   /** The host that runs the machine. Known in preview. */
   readonly host: NonNullable<Resolved["host"]>;
   /** The machine's name in libvirt. Known in preview. */
   readonly name: string;
   /** The machine's UUID, also in its SMBIOS. Known in preview; it never changes. */
   readonly uuid: string;
+  /** As it was when virtlift last looked. */
+  readonly powerState: PowerState;
   /** Addresses at which others can reach it, as its lease or its agent says; empty when neither does. */
   readonly ipAddresses: readonly string[];
-  /** In the order of `networks`. */
+  /** In the order of `networks`. Known in preview. */
   readonly macAddresses: readonly string[];
-  /** Absolute path, on the host, of the file that keeps what the guest writes to its first serial port. */
+  /** Absolute paths on the host: of the boot disk, then of `disks` in their order. Known in preview. */
+  readonly diskPaths: readonly string[];
+  /** Absolute path, on the host, of the file that keeps what the guest writes to its first serial port. Known in preview. */
   readonly serialLog: string;
+  /** Whether the guest runs on older hardware than is declared, until its next start. */
+  readonly restartPending: boolean;
+  /** Whether the guest showed all that `waitFor` asks for since virtlift started it. */
+  readonly ready: boolean;
+  /** Absolute paths of the volumes that were made for the machine and are deleted with it. */
+  readonly ownVolumes: readonly string[];
 }
 
 /** A property that is not named to Pulumi here never becomes an output of the object. */
@@ -44,6 +55,7 @@ const OUTPUTS: Readonly<Record<keyof VirtualMachineState, undefined>> = {
   bus: undefined,
   cpu: undefined,
   description: undefined,
+  diskPaths: undefined,
   disks: undefined,
   domainType: undefined,
   firmware: undefined,
@@ -58,7 +70,10 @@ const OUTPUTS: Readonly<Record<keyof VirtualMachineState, undefined>> = {
   networks: undefined,
   onRestartRequired: undefined,
   onShutdownTimeout: undefined,
+  ownVolumes: undefined,
   powerState: undefined,
+  ready: undefined,
+  restartPending: undefined,
   secureBoot: undefined,
   serialLog: undefined,
   shutdownTimeoutSeconds: undefined,

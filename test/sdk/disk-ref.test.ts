@@ -14,6 +14,7 @@ const disk = new ImportedDisk("web", {
   source: { ova: "./web.ova", disk: 1 },
   migrationRef: "wave-1",
 });
+/** Without an output that may be absent: preview does not know those of a disk that exists. */
 const REF = { ...IDENTITY, source: "ova", host: uri, migrationRef: "wave-1" };
 
 /** What Pulumi would send: all outputs resolved. */
