@@ -153,13 +153,22 @@ function interfaceSpec({ network, bridge, mac, model }: PlacedNetwork): Interfac
   return bridge === undefined ? { type: "user", source: undefined, mac, model } : { type: "bridge", source: bridge, mac, model };
 }
 
-/** Whether a running machine has the hardware that `wanted` has. Title, metadata and the like are no hardware. */
-export function hasHardware(live: ObservedDomain, wanted: ObservedDomain): boolean {
-  return isDeepStrictEqual(hardware(live), hardware(wanted)) && hasCpu(live, wanted);
+/** Whether two values are the same once they are stored: a key that is undefined counts as absent. */
+export function isSame(one: unknown, other: unknown): boolean {
+  return isDeepStrictEqual(asStored(one), asStored(other));
 }
 
-function hardware({ type, memoryKiB, vcpus, machine, firmware, secureBoot, clock, disks, interfaces }: ObservedDomain) {
-  return { type, memoryKiB, vcpus, machine, firmware, secureBoot, clock, disks, interfaces };
+function asStored(value: unknown): unknown {
+  return value === undefined ? undefined : (JSON.parse(JSON.stringify(value)) as unknown);
+}
+
+/** Whether a running machine has the hardware that `wanted` has. Title, metadata and the like are no hardware. */
+export function hasHardware(live: ObservedDomain, wanted: ObservedDomain): boolean {
+  return isSame(hardware(live), hardware(wanted)) && hasCpu(live, wanted);
+}
+
+function hardware({ type, memoryKiB, vcpus, machine, firmware, secureBoot, clock, disks, interfaces, serialLog }: ObservedDomain) {
+  return { type, memoryKiB, vcpus, machine, firmware, secureBoot, clock, disks, interfaces, serialLog };
 }
 
 /** While a machine runs, libvirt writes what host-model stood for in its place. */

@@ -1,5 +1,4 @@
 /** VirtualMachine: a libvirt machine that boots from an imported disk or from a template, and stays the user's own for life. */
-import { isDeepStrictEqual } from "node:util";
 import { CommandError, ConnectionError, isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
@@ -46,6 +45,7 @@ import { type VirtualMachineArgs, VirtualMachineSchema } from "./virtual-machine
 import {
   domainSpec,
   hasHardware,
+  isSame,
   keepSnapshots,
   macOf,
   type MachineInputs,
@@ -221,8 +221,7 @@ async function place(
   const isSameHost = olds !== undefined && daemonOf(olds.host) === daemonOf(args.host);
   const domainType = args.domainType ?? (isSameHost ? olds.domainType : await defaultDomainType(host));
   const placedDisk = importedDisk && (await placeDiskRef(host, "importedDisk", importedDisk));
-  const kept =
-    isSameHost && olds.name === name && olds.image && isDeepStrictEqual(declaredImage(olds.image), image) ? olds.image : undefined;
+  const kept = isSameHost && olds.name === name && olds.image && isSame(declaredImage(olds.image), image) ? olds.image : undefined;
   const placedImage = image && (kept ?? (await placeImage(host, image, name)));
   const disks = await Promise.all(args.disks.map((disk, index) => placeDisk(host, `disks[${index}]`, disk, args)));
   const networks = placeNetworks(args, olds);
@@ -357,15 +356,6 @@ function changesOf(olds: MachineInputs | MachineState, news: MachineInputs): rea
 
 /** What follows from other properties, and would only repeat them. */
 const DERIVED: ReadonlySet<keyof MachineInputs> = new Set(["macAddresses", "diskPaths", "declared"]);
-
-/** Keys that are undefined count as absent: states lose them when they are stored. */
-function isSame(one: unknown, other: unknown): boolean {
-  return isDeepStrictEqual(asStored(one), asStored(other));
-}
-
-function asStored(value: unknown): unknown {
-  return value === undefined ? undefined : (JSON.parse(JSON.stringify(value)) as unknown);
-}
 
 function effectOf(
   property: keyof MachineInputs,
@@ -658,7 +648,12 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, state.uuid);
   if (existing) {
-    const { domain } = existing;
+    const { domain, defined } = existing;
+    if (defined.metadata !== undefined && defined.metadata.origin !== state.origin) {
+      throw new Error(
+        `the machine ${defined.name} on ${host.label} belongs to ${defined.metadata.origin} and is not deleted: remove it by hand, or run pulumi state delete`,
+      );
+    }
     try {
       await stopGuest({ context, host, libvirt, domain }, { timeoutSeconds: state.shutdownTimeoutSeconds, onTimeout: "cut" });
       await undefine(libvirt, domain);

@@ -1,0 +1,82 @@
+/** Machines by chance, the same for the same seed: every combination that our definitions can have, with texts that need escaping. */
+import type { DiskSpec, DomainSpec, InterfaceSpec } from "../../provider/libvirt/domain.ts";
+
+/** A sequence of numbers in [0, 1): mulberry32. */
+function random(seed: number): () => number {
+  let state = seed;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+const WORDS = [
+  "web",
+  "a&b",
+  "<root>",
+  'say "hi"',
+  "it's",
+  "zwölf",
+  "日本",
+  "]]>",
+  "&#10;",
+  "two  spaces",
+  "tab\there",
+  "line\nbreak",
+  "😀",
+];
+
+export function generateDomain(seed: number): DomainSpec {
+  const next = random(seed);
+  const pick = <T>(choices: readonly T[]): T => choices[Math.floor(next() * choices.length)]!;
+  const maybe = <T>(value: () => T): T | undefined => (next() < 0.5 ? value() : undefined);
+  const several = <T>(make: (index: number) => T): readonly T[] =>
+    Array.from({ length: Math.floor(next() * 4) }, (_, index) => make(index));
+  const word = (): string => pick(WORDS);
+  const hex = (digits: number): string => Array.from({ length: digits }, () => Math.floor(next() * 16).toString(16)).join("");
+  const firmware = pick(["bios", "uefi"] as const);
+  const mode = pick(["maximum", "host-passthrough", "host-model", "custom"]);
+  return {
+    type: pick(["kvm", "qemu", "test"] as const),
+    name: `m${hex(4)}`,
+    uuid: `${hex(8)}-${hex(4)}-${hex(4)}-${hex(4)}-${hex(12)}`,
+    title: maybe(word),
+    description: maybe(word),
+    metadata: {
+      origin: `acme/shop/${word()}/web`,
+      disks: several(() => ({ diskId: word(), source: maybe(word), migrationRef: maybe(word) })),
+      volumes: several(() => ({ path: `/images/${word()}`, isUnfinished: next() < 0.5 })),
+      tags: Object.fromEntries(several((index) => [`${word()}${index}`, word()])),
+    },
+    memoryKiB: 1024 * (16 + Math.floor(next() * 100_000)),
+    vcpus: 1 + Math.floor(next() * 64),
+    arch: "x86_64",
+    machine: pick(["q35", "pc"] as const),
+    firmware,
+    secureBoot: firmware === "uefi" && next() < 0.5,
+    cpu: maybe(() => ({ mode, model: mode === "custom" ? "EPYC" : undefined })),
+    clock: pick(["utc", "localtime"] as const),
+    disks: several((index): DiskSpec => ({
+      device: pick(["disk", "cdrom"] as const),
+      path: `/images/${index} ${word()}`,
+      format: pick(["qcow2", "raw"] as const),
+      bus: pick(["virtio", "sata", "scsi", "ide"] as const),
+      target: `vd${"abcd"[index]}`,
+      bootOrder: maybe(() => index + 1),
+      serial: maybe(() => hex(8)),
+      isReadOnly: next() < 0.5,
+    })),
+    interfaces: several((): InterfaceSpec => {
+      const type = pick(["network", "bridge", "user"] as const);
+      return {
+        type,
+        source: type === "user" ? undefined : word(),
+        mac: `52:54:00:${hex(2)}:${hex(2)}:${hex(2)}`,
+        model: pick(["virtio", "e1000e"]),
+      };
+    }),
+    serialLog: maybe(() => `/logs/${word()}`),
+  };
+}
