@@ -1,7 +1,7 @@
 /** `npm run quickstart`: an image becomes a machine on libvirt by `pulumi preview` and `pulumi up`, and the guest says in its own words what it runs from. */
-import { rm } from "node:fs/promises";
+import { rm, rmdir } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
-import { resolve } from "node:path";
+import { dirname, resolve } from "node:path";
 import { argv, env, exit } from "node:process";
 import { parseArgs } from "node:util";
 import type { Host, Hosts } from "../provider/host/hosts.ts";
@@ -14,7 +14,7 @@ import { followConsole } from "./quickstart/console.ts";
 import { POOL_NAME, preparePool, removePool } from "./quickstart/pool.ts";
 import { type Outputs, Stacks } from "./quickstart/stacks.ts";
 import { probeAcceleration } from "./setup/acceleration.ts";
-import { exists } from "./setup/files.ts";
+import { exists, findExecutable } from "./setup/files.ts";
 import { GUEST, LIBVIRT, preparePackages, SetupError } from "./setup/packages.ts";
 import { preparePulumi } from "./setup/pulumi.ts";
 import { prepareLibvirt } from "./setup/services.ts";
@@ -60,15 +60,15 @@ async function main(rest: readonly string[], open: Hosts): Promise<number> {
   if (image !== undefined && !(await exists(image))) throw new SetupError(`there is no image ${image}`);
   await preparePackages([...(values.host === undefined ? LIBVIRT : []), ...(image === undefined ? GUEST : [])]);
   const stacks = await Stacks.open(await preparePulumi());
-  const uri = values.host ?? (await prepareLibvirt(open));
-  const host = open.open({ uri });
   const proof = image === undefined ? await prepareProof() : undefined;
+  // Only of this machine's KVM can it be told whether it works; another host's libvirt is taken at its word.
+  const domainType = values.host === undefined ? await findAcceleration() : undefined;
+  const uri = values.host ?? (await prepareLibvirt(open, domainType));
+  const host = open.open({ uri });
   await step(`storage pool ${POOL_NAME}`, async (note) => {
     const path = await preparePool(host);
     note(path === undefined ? "is there" : `made in ${path} on ${host.label}`);
   });
-  // Only of this machine's KVM can it be told whether it works; another host's libvirt is taken at its word.
-  const domainType = values.host === undefined && proof !== undefined ? await findAcceleration() : undefined;
 
   const stack = Stacks.nameFor(uri);
   await stacks.prepare(stack, {
@@ -104,8 +104,13 @@ function prepareProof(): Promise<GuestImage> {
   });
 }
 
-function findAcceleration(): Promise<"kvm" | "qemu"> {
+/** Undefined where the trial's kernel is not to be had, which needs apt: then libvirt decides. */
+function findAcceleration(): Promise<"kvm" | "qemu" | undefined> {
   return step("acceleration", async (note) => {
+    if ((await findExecutable("apt-get")) === undefined || (await findExecutable("dpkg-deb")) === undefined) {
+      note("as libvirt says");
+      return undefined;
+    }
     const domainType = await probeAcceleration(await prepareGuestKernel());
     note(domainType === "kvm" ? "KVM works" : "no KVM that works: the CPU is emulated, which is slow");
     return domainType;
@@ -166,6 +171,8 @@ async function destroy(open: Hosts): Promise<number> {
     await step(`remove storage pool ${POOL_NAME} on ${host.label}`, () => removePool(host));
   }
   await rm(Stacks.directory(), { recursive: true });
+  // ENOTEMPTY: somebody else keeps something beside it.
+  await rmdir(dirname(Stacks.directory())).catch(() => undefined);
   say("✓ all that the quickstart made is gone; its cache, and packages that it installed, stay");
   return 0;
 }

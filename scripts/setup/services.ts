@@ -1,5 +1,6 @@
 /** Finds the libvirt of this machine, and starts it where it does not run and we may. */
 import { chmod, mkdir } from "node:fs/promises";
+import { join } from "node:path";
 import { getuid } from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Hosts } from "../../provider/host/hosts.ts";
@@ -14,9 +15,10 @@ const START_TIMEOUT_MS = 30_000;
 
 /**
  * The URI of a libvirt that answers: the system's where this user may use it, else the user's own session.
- * A daemon that runs is not touched; root starts the system's when none does. Shows its step. Throws SetupError when neither answers.
+ * A daemon that runs is not touched; root starts the system's when none does, and one that is started beside a KVM that does not work
+ * (`acceleration` is "qemu") does not see it. Shows its step. Throws SetupError when neither answers.
  */
-export async function prepareLibvirt(hosts: Hosts): Promise<string> {
+export async function prepareLibvirt(hosts: Hosts, acceleration: "kvm" | "qemu" | undefined): Promise<string> {
   return step("libvirt", async (note) => {
     const refusal = await refusalOf(hosts, SYSTEM_URI);
     if (refusal === undefined) {
@@ -24,7 +26,7 @@ export async function prepareLibvirt(hosts: Hosts): Promise<string> {
       return SYSTEM_URI;
     }
     if (getuid?.() === 0) {
-      await startDaemons(note);
+      await startDaemons(note, acceleration === "qemu");
       await waitFor(hosts, SYSTEM_URI);
       note(`${SYSTEM_URI}, started`);
       return SYSTEM_URI;
@@ -57,7 +59,7 @@ async function waitFor(hosts: Hosts, uri: string): Promise<void> {
 }
 
 /** By systemd where that is in charge (sd_booted(3)), else as daemons of their own: libvirtd wants the system's bus and, for consoles, virtlogd. */
-async function startDaemons(note: Note): Promise<void> {
+async function startDaemons(note: Note, hideKvm: boolean): Promise<void> {
   if (await exists("/run/systemd/system")) {
     note("systemctl start libvirtd");
     await runCommand(["systemctl", "start", "libvirtd"]);
@@ -74,5 +76,11 @@ async function startDaemons(note: Note): Promise<void> {
     await runCommand(["virtlogd", "--daemon"]);
   }
   note("libvirtd");
-  await runCommand(["libvirtd", "--daemon"]);
+  if (!hideKvm || !(await exists("/dev/kvm"))) {
+    await runCommand(["libvirtd", "--daemon"]);
+    return;
+  }
+  // libvirt would run machines under a KVM that hangs, or probe QEMU for seconds at each call when QEMU's user may not open it.
+  const script = join(import.meta.dirname, "hide-kvm.sh");
+  await runCommand(["unshare", "--mount", "--propagation", "slave", "sh", "-c", 'sh "$0" && exec libvirtd --daemon', script]);
 }
