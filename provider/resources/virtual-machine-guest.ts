@@ -3,14 +3,14 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { CommandError, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_SHUTDOWN, DOMAIN_STATE, INTERFACE_ADDRESSES_SOURCE, LIBVIRT_ERROR } from "../libvirt/constants.ts";
+import { DOMAIN_STATE, INTERFACE_ADDRESSES_SOURCE, LIBVIRT_ERROR } from "../libvirt/constants.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import type { Context } from "./resource.ts";
 import type { Wait } from "./virtual-machine-schema.ts";
 
 const POLL_MS = 500;
-/** A guest that is still booting does not hear the power button: it is pressed again after this time. */
-const PRESS_AGAIN_MS = 10_000;
+/** A guest that is still booting does not hear that it is to shut down: it is asked again after this time. */
+const ASK_AGAIN_MS = 10_000;
 /** Much more than what a guest writes while it boots. */
 const SERIAL_TAIL_BYTES = 1024 * 1024;
 
@@ -53,16 +53,16 @@ export async function stopGuest(
   if (power === "stopped") return;
   if (power === "paused") await libvirt.domainResume(domain);
   const deadline = performance.now() + policy.timeoutSeconds * 1000;
-  let pressedMs = Number.NEGATIVE_INFINITY;
+  let askedMs = Number.NEGATIVE_INFINITY;
   while (performance.now() < deadline) {
-    if (performance.now() - pressedMs >= PRESS_AGAIN_MS) {
-      await pressPowerButton(guest);
-      pressedMs = performance.now();
+    if (performance.now() - askedMs >= ASK_AGAIN_MS) {
+      await askToShutDown(guest);
+      askedMs = performance.now();
     }
     await sleep(POLL_MS, undefined, { signal: context.signal });
     if ((await powerStateOf(guest)) === "stopped") return;
   }
-  const seen = `${domain.name} on ${host.label} did not shut down within ${policy.timeoutSeconds} s of being asked by ACPI`;
+  const seen = `${domain.name} on ${host.label} did not shut down within ${policy.timeoutSeconds} s of being asked`;
   if (policy.onTimeout === "fail") {
     throw new GuestTimeout(`${seen}: shut it down from inside, or set \`onShutdownTimeout: "cut"\``);
   }
@@ -70,8 +70,9 @@ export async function stopGuest(
   await unlessStopped(libvirt.domainDestroy(domain));
 }
 
-async function pressPowerButton({ libvirt, domain }: Guest): Promise<void> {
-  await unlessStopped(libvirt.domainShutdownFlags(domain, DOMAIN_SHUTDOWN.acpiPowerButton));
+/** By its agent where one answers, else by the power button: 0 leaves the choice to libvirt. */
+async function askToShutDown({ libvirt, domain }: Guest): Promise<void> {
+  await unlessStopped(libvirt.domainShutdownFlags(domain, 0));
 }
 
 /** A guest may stop by itself between the look at it and the call. */

@@ -143,7 +143,11 @@ export const VirtualMachineSchema = z.strictObject({
     .optional(),
   /** The machine's UUID, also in its SMBIOS: give the old one where a licence hangs on it. Default: made from the resource's identity. */
   uuid: z
-    .uuid()
+    .string()
+    .regex(
+      /^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$/,
+      'a UUID is 32 hex digits, such as "5f2c1c8e-3f7a-4d0b-9a43-1f1f0c6a8c01"',
+    )
     .transform((uuid) => uuid.toLowerCase())
     .optional(),
   /** The disk that the machine boots from, made by `ImportedDisk` or there already; it is never deleted with the machine. Exactly one of `importedDisk` and `image` is given. */

@@ -457,9 +457,14 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
     }
     return await defineOver(libvirt, wanted(false), existing, placement);
   } catch (error) {
-    for (const path of made) await deleteVolume(libvirt, path);
-    if (existing?.defined.metadata) await writeMetadata(libvirt, marked, existing.defined.metadata, AFFECT_CONFIG);
-    else if (!existing) await libvirt.domainUndefineFlags(marked, UNDEFINE_ALL);
+    try {
+      for (const path of made) await deleteVolume(libvirt, path);
+      if (existing?.defined.metadata) await writeMetadata(libvirt, marked, existing.defined.metadata, AFFECT_CONFIG);
+      else if (!existing) await undefine(libvirt, marked);
+    } catch (failure) {
+      // What made it fail is what the user is to know of; what stays is known to be ours, and the next try goes on with it.
+      context.log("warn", `${inputs.name}: what was begun on ${host.label} could not be taken back: ${String(failure)}`);
+    }
     throw error;
   }
 }

@@ -1,0 +1,44 @@
+/** What tests of machines share: a context over real hosts whose log lines can be read. */
+import { homedir, userInfo } from "node:os";
+import { createHosts } from "../../provider/host/open.ts";
+import type { Context } from "../../provider/resources/resource.ts";
+import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
+import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
+
+export interface MachineBench extends AsyncDisposable {
+  readonly context: Context;
+  /** What was logged so far, `level: text`. */
+  readonly logged: readonly string[];
+  /** The checked inputs. Throws with the reasons when check has failures. */
+  checked(news: object, olds?: MachineInputs): Promise<MachineInputs>;
+  /** The failures of check, `property` and `reason`, in order. */
+  failures(news: object, olds?: MachineInputs): Promise<readonly { readonly property: string; readonly reason: string }[]>;
+}
+
+/** `config` is the stack's configuration by its full keys. */
+export function openMachineBench(config: Readonly<Record<string, string>> = {}): MachineBench {
+  const hosts = createHosts({
+    environment: process.env,
+    homeDirectory: homedir(),
+    userName: userInfo().username,
+    userId: process.getuid!(),
+  });
+  const logged: string[] = [];
+  const context: Context = {
+    config: (key) => config[key],
+    log: (level, text) => void logged.push(`${level}: ${text}`),
+    signal: new AbortController().signal,
+    hosts,
+  };
+  return {
+    context,
+    logged,
+    async checked(news, olds) {
+      const { inputs, failures } = await virtualMachine.check(context, olds, news);
+      if (failures.length > 0) throw new Error(failures.map(({ reason }) => reason).join("; "));
+      return inputs;
+    },
+    failures: async (news, olds) => (await virtualMachine.check(context, olds, news)).failures,
+    [Symbol.asyncDispose]: () => hosts.close(),
+  };
+}

@@ -1,0 +1,390 @@
+/** VirtualMachine against libvirt's test driver: all but what a guest does. */
+import { describe, expect, test as base } from "vitest";
+import { LibvirtError } from "../../provider/errors.ts";
+import type { PropertyChange } from "../../provider/resources/resource.ts";
+import { UNKNOWN } from "../../provider/resources/unknown.ts";
+import { VirtualMachineSchema } from "../../provider/resources/virtual-machine-schema.ts";
+import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
+import { MACHINE_CHANGES, type MachineState, virtualMachine } from "../../provider/resources/virtual-machine.ts";
+import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
+import { type MachineBench, openMachineBench } from "./machine-bench.ts";
+
+const ORIGIN = "acme/shop/prod/web";
+
+interface Fixtures {
+  readonly libvirtd: Libvirtd;
+  /** A fresh test driver: it has a pool `default-pool`, a network `default` and a machine `test`. */
+  readonly desk: MachineBench;
+  readonly host: { readonly uri: string };
+}
+
+const test = base.extend<Fixtures>({
+  libvirtd: [
+    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+    async ({}, use) => {
+      await using libvirtd = await openLibvirtd();
+      await use(libvirtd);
+    },
+    { scope: "file" },
+  ],
+  // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+  desk: async ({}, use) => {
+    await using desk = openMachineBench();
+    await use(desk);
+  },
+  host: async ({ libvirtd }, use) => use({ uri: libvirtd.testUri }),
+});
+
+const DISK = { diskId: "web-root", path: "/default-pool/web-root.qcow2", source: "ova", migrationRef: "wave-3/web" };
+
+const args = (host: object, more: object = {}) => ({ origin: ORIGIN, host, importedDisk: DISK, powerState: "stopped", ...more });
+
+async function libvirtOf(desk: MachineBench, host: { readonly uri: string }) {
+  return desk.context.hosts.open(host).libvirt();
+}
+
+async function xmlOf(desk: MachineBench, host: { readonly uri: string }, name = "web"): Promise<string> {
+  const libvirt = await libvirtOf(desk, host);
+  return libvirt.domainGetXMLDesc(await libvirt.domainLookupByName(name), 2);
+}
+
+describe("check", () => {
+  test("fills in everything that is known before the machine exists, always alike", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host, { networks: [{ network: "default" }, { type: "user", model: "virtio" }] }));
+    expect(inputs).toMatchObject({
+      name: "web",
+      uuid: expect.stringMatching(/^[0-9a-f]{8}-[0-9a-f]{4}-5[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/),
+      importedDisk: { ...DISK, format: "qcow2" },
+      diskPaths: [DISK.path],
+      bus: "sata",
+      networks: [
+        { network: "default", model: "e1000e" },
+        { type: "user", model: "virtio" },
+      ],
+      domainType: "test",
+      serialLog: "/var/log/libvirt/qemu/web-serial0.log",
+    });
+    expect(inputs.macAddresses).toEqual(inputs.networks.map(({ mac }) => mac));
+    expect(new Set(inputs.macAddresses.map((mac) => mac.slice(0, 9)))).toEqual(new Set(["52:54:00:"]));
+    expect(await desk.checked(args(host, { networks: [{ network: "default" }, { type: "user", model: "virtio" }] }))).toEqual(inputs);
+  });
+
+  test("takes the host from the disk, then from the configuration", async ({ desk, host }) => {
+    const { host: _host, ...homeless } = args(host);
+    expect(await desk.failures(homeless)).toEqual([{ property: "host", reason: expect.stringContaining("virtlift:host") }]);
+    const fromDisk = await desk.checked({ ...homeless, importedDisk: { ...DISK, host: host.uri } });
+    expect(fromDisk.host).toEqual(host);
+    await using configured = openMachineBench({ "virtlift:host": host.uri });
+    expect((await configured.checked(homeless)).host).toEqual(host);
+  });
+
+  test("keeps identity and addresses once they are given, whatever they would be made from", async ({ desk, host }) => {
+    const first = await desk.checked(args(host, { uuid: "0B0E6D2E-5a4e-4d8c-9f8e-3f1c55f0a001", networks: [{ type: "user" }] }));
+    const moved = await desk.checked(args(host, { origin: "acme/shop/stage/web", networks: [{ type: "user" }] }), first);
+    expect([moved.uuid, moved.macAddresses]).toEqual(["0b0e6d2e-5a4e-4d8c-9f8e-3f1c55f0a001", first.macAddresses]);
+  });
+
+  test("places an imported disk in its pool when only its id is known", async ({ desk, host }) => {
+    const { diskPaths } = await desk.checked(
+      args(host, {
+        importedDisk: { diskId: "a", pool: "default-pool" },
+        disks: [{ disk: { diskId: "b", pool: "default-pool", format: "raw" } }],
+      }),
+    );
+    expect(diskPaths).toEqual(["/default-pool/a.qcow2", "/default-pool/b.raw"]);
+  });
+
+  const REFUSED: Readonly<Record<string, readonly [object, string, string]>> = {
+    "neither disk nor image": [{ importedDisk: undefined }, "importedDisk", "neither is given"],
+    "both disk and image": [{ image: "/x.qcow2" }, "image", "both are given"],
+    "a property that does not exist": [{ memory: 2 }, "memory", "is not a property that exists"],
+    "a MAC address that is none": [{ networks: [{ type: "user", mac: "52:54:00:12:34" }] }, "networks[0].mac", "six pairs of hex digits"],
+    "a multicast MAC address": [{ networks: [{ type: "user", mac: "53:54:00:12:34:56" }] }, "networks[0].mac", "no multicast"],
+    "an interface on two things": [{ networks: [{ network: "default", bridge: "br0" }] }, "networks[0]", "exactly one of"],
+    "a disk of two kinds": [{ disks: [{ path: "/a.raw", volume: "b" }] }, "disks[0]", "exactly one of"],
+    "a blank disk without a name": [{ disks: [{ size: "1GiB" }] }, "disks[0]", "a `size` and a `name`"],
+    "a size that is none": [{ disks: [{ size: "big", name: "data" }] }, "disks[0].size", '"big" is no size'],
+    "a title of two lines": [{ title: "a\nb" }, "title", "one line"],
+    "a control character": [{ description: "a\u0001" }, "description", "control character"],
+    "Secure Boot without UEFI": [{ secureBoot: true }, "secureBoot", 'set `firmware: "uefi"`'],
+    "Secure Boot on a pc": [{ secureBoot: true, firmware: "uefi", machine: "pc" }, "secureBoot", "needs the chipset q35"],
+    "IDE on a q35": [{ bus: "ide" }, "bus", "has no IDE"],
+    "e1000e on a pc": [{ machine: "pc", networks: [{ type: "user", model: "e1000e" }] }, "networks[0].model", 'take "e1000"'],
+    "a CD-ROM on virtio": [{ disks: [{ path: "/a.iso", device: "cdrom", bus: "virtio" }] }, "disks[0].bus", "no CD-ROM on virtio"],
+    "a custom CPU without a model": [{ cpu: { mode: "custom" } }, "cpu", "needs one"],
+    "a network that is not there": [
+      { networks: [{ network: "lan" }] },
+      "networks[0].network",
+      "there is no network lan on this machine: it has default",
+    ],
+    "a MAC address of another machine": [
+      { networks: [{ type: "user", mac: "AA:BB:CC:DD:EE:FF" }] },
+      "networks[0].mac",
+      "the machine test on this machine has the address aa:bb:cc:dd:ee:ff already",
+    ],
+    "a MAC address twice": [
+      {
+        networks: [
+          { type: "user", mac: "52:54:00:00:00:01" },
+          { type: "user", mac: "52:54:00:00:00:01" },
+        ],
+      },
+      "networks[1].mac",
+      "two interfaces",
+    ],
+    "the name of another machine": [{ name: "test" }, "name", "there is a machine test on this machine already"],
+    "the UUID of another machine": [
+      { uuid: "6695eb01-f6a4-8304-79aa-97f2502e193f" },
+      "uuid",
+      "the machine test on this machine has the UUID",
+    ],
+    "the disk of another machine": [
+      { importedDisk: { ...DISK, path: "/guest/diskimage1" } },
+      "importedDisk",
+      "the machine test on this machine uses",
+    ],
+    "a disk twice": [{ disks: [{ path: DISK.path, format: "qcow2" }] }, "disks[0]", "twice"],
+    "a pool that is not there": [
+      { disks: [{ size: 1024, name: "d", pool: "fast" }] },
+      "disks[0].pool",
+      "there is no pool fast on this machine",
+    ],
+    "a volume that is not there": [{ disks: [{ volume: "x", pool: "default-pool" }] }, "disks[0].volume", "there is no volume x"],
+    "a file of an unknown format": [{ disks: [{ path: "/x.img" }] }, "disks[0].format", 'say "qcow2" or "raw"'],
+    "a template that a copy cannot find": [
+      { importedDisk: undefined, image: { path: "/x.qcow2", pool: "default-pool" } },
+      "image.path",
+      'or use the mode "overlay"',
+    ],
+  };
+  test.for(Object.entries(REFUSED))(
+    "refuses %s in one sentence with the user's own path",
+    async ([, [more, property, words]], { desk, host }) => {
+      const failures = await desk.failures(args(host, more));
+      expect(failures).toEqual([{ property, reason: expect.stringContaining(words) }]);
+      expect(failures[0]?.reason).toMatch(new RegExp(`^${property.replaceAll(/[[\]]/g, "\\$&")}(: | is not a)[^\n]+[^.]$`));
+    },
+  );
+
+  test("refuses a host that cannot be reached, by its property", async ({ desk }) => {
+    const host = { uri: "qemu+unix:///system?socket=/nonexistent/socket" };
+    expect(await desk.failures(args(host))).toEqual([{ property: "host", reason: expect.stringContaining("/nonexistent/socket") }]);
+  });
+
+  test("leaves what preview does not know alone, and fills in the rest", async ({ desk, host }) => {
+    const news = args(host, { title: UNKNOWN, importedDisk: { ...DISK, path: UNKNOWN }, networks: [{ type: "user" }] });
+    const inputs = await desk.checked(news);
+    expect(inputs).toMatchObject({ name: "web", title: UNKNOWN, vcpus: 1, importedDisk: { path: UNKNOWN }, diskPaths: UNKNOWN });
+    expect(inputs.macAddresses[0]).toMatch(/^52:54:00:/);
+    const unknownHost = await desk.checked({ ...news, host: UNKNOWN });
+    expect(unknownHost).toMatchObject({ host: UNKNOWN, name: "web" });
+    expect((await desk.failures({ ...news, vcpus: 0 }))[0]?.property).toBe("vcpus");
+  });
+
+  test("does not accuse the machine of itself", async ({ desk, host }) => {
+    const news = args(host, { networks: [{ network: "default" }], disks: [{ size: "1GiB", name: "data", pool: "default-pool" }] });
+    const inputs = await desk.checked(news);
+    await virtualMachine.create(desk.context, inputs);
+    expect(await desk.failures(news, inputs)).toEqual([]);
+    // The second check of a replacement knows nothing of the first machine.
+    expect(await desk.failures(news)).toEqual([]);
+    expect(await desk.failures({ ...news, origin: "acme/shop/prod/other", name: "web" })).toEqual(
+      expect.arrayContaining([{ property: "name", reason: expect.stringContaining(`(of ${ORIGIN})`) }]),
+    );
+  });
+
+  test("refuses another size for a blank disk that was made", async ({ desk, host }) => {
+    const disk = { size: "1GiB", name: "data", pool: "default-pool" };
+    const inputs = await desk.checked(args(host, { disks: [disk] }));
+    await virtualMachine.create(desk.context, inputs);
+    expect(await desk.failures(args(host, { disks: [{ ...disk, size: "2GiB" }] }), inputs)).toEqual([
+      { property: "disks[0].size", reason: expect.stringContaining("is not resized") },
+    ]);
+  });
+
+  test("asks for consent before a running guest is restarted, and says what will happen with it", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host, { powerState: "running" }));
+    await virtualMachine.create(desk.context, inputs);
+    const more = { powerState: "running", vcpus: 2, title: "new" };
+    expect(await desk.failures(args(host, more), inputs)).toEqual([
+      { property: "vcpus", reason: expect.stringContaining("onRestartRequired") },
+    ]);
+    expect(await desk.failures(args(host, { ...more, onRestartRequired: "restart" }), inputs)).toEqual([]);
+    expect(desk.logged.at(-1)).toBe("info: web: the guest is restarted for vcpus");
+    expect(await desk.failures(args(host, { ...more, onRestartRequired: "defer" }), inputs)).toEqual([]);
+    expect(desk.logged.at(-1)).toBe("info: web: vcpus will change at the guest's next start");
+    expect(await desk.failures(args(host, { ...more, powerState: "stopped" }), inputs)).toEqual([]);
+  });
+});
+
+describe("diff", () => {
+  test("knows what each property's change takes", () => {
+    const known = Object.keys(MACHINE_CHANGES);
+    expect(known).toEqual(expect.arrayContaining(Object.keys(VirtualMachineSchema.shape)));
+  });
+
+  const CHANGES: Readonly<Record<string, readonly [object, readonly (readonly [string, PropertyChange["effect"]])[]]>> = {
+    nothing: [{}, []],
+    "memory and title": [
+      { memoryMiB: 4096, title: "x" },
+      [
+        ["memoryMiB", "restart"],
+        ["title", "live"],
+      ],
+    ],
+    "the name": [{ name: "other" }, [["name", "replace"]]],
+    "where the disk lies": [{ importedDisk: { ...DISK, format: "qcow2", path: "/default-pool/new.qcow2" } }, [["importedDisk", "restart"]]],
+    "what is known about the disk": [{ importedDisk: { ...DISK, format: "qcow2", migrationRef: "wave-4" } }, [["importedDisk", "live"]]],
+    "an unknown name": [{ name: UNKNOWN }, [["name", "live"]]],
+    "an unknown host": [{ host: UNKNOWN }, [["host", "live"]]],
+    "an unknown disk": [{ importedDisk: UNKNOWN }, [["importedDisk", "restart"]]],
+  };
+  test.for(Object.entries(CHANGES))("of %s", async ([, [more, expected]], { desk, host }) => {
+    const olds = { ...(await desk.checked(args(host))), ...OUTPUTS };
+    const { changes } = await virtualMachine.diff(desk.context, olds.uuid, olds, { ...(await desk.checked(args(host))), ...more });
+    expect(changes.map(({ property, effect }) => [property, effect])).toEqual(expected);
+  });
+
+  test("another way to the same host is no other machine, and another host is", async ({ desk }) => {
+    const base = { host: { uri: "qemu+ssh://root@kvm1/system" }, name: "web" } as unknown as MachineInputs;
+    const effects = async (host: object) =>
+      (await virtualMachine.diff(desk.context, "id", base as unknown as MachineState, { ...base, host } as MachineInputs)).changes.map(
+        ({ effect }) => effect,
+      );
+    expect(await effects({ uri: "qemu+ssh://mover@kvm1:2222/system", identityFile: "/k", jumpHosts: ["a"] })).toEqual(["live"]);
+    expect(await effects({ uri: "qemu+ssh://root@kvm2/system" })).toEqual(["replace"]);
+  });
+
+  test("a definition that waits for the guest's next start is a change once the restart is wanted", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host, { powerState: "running", onRestartRequired: "restart" }));
+    const olds = { ...inputs, ...OUTPUTS, powerState: "running" as const, restartPending: true };
+    expect((await virtualMachine.diff(desk.context, "id", olds, inputs)).changes).toMatchObject([{ effect: "restart" }]);
+    const deferred = { ...olds, onRestartRequired: "defer" as const };
+    expect((await virtualMachine.diff(desk.context, "id", deferred, { ...inputs, onRestartRequired: "defer" })).changes).toEqual([]);
+  });
+});
+
+const OUTPUTS = { powerState: "stopped", ipAddresses: [], restartPending: false, ready: true, ownVolumes: [] } as const;
+
+describe("a machine's life", () => {
+  test("is defined, started, changed, read and removed; the imported disk stays", async ({ desk, host }) => {
+    const { context } = desk;
+    const libvirt = await libvirtOf(desk, host);
+    const pool = await libvirt.storagePoolLookupByName("default-pool");
+    await libvirt.storageVolCreateXML(pool, "<volume><name>web-root.qcow2</name><capacity>1048576</capacity></volume>");
+    const disks = [{ size: "1MiB", name: "data", pool: "default-pool" }];
+    const inputs = await desk.checked(
+      args(host, { powerState: "running", disks, tags: { owner: "ops" }, title: "Web", description: "Shop" }),
+    );
+    const { id, state } = await virtualMachine.create(context, inputs);
+    expect(id).toBe(inputs.uuid);
+    expect(state).toMatchObject({
+      powerState: "running",
+      ready: true,
+      restartPending: false,
+      ownVolumes: ["/default-pool/web-data.qcow2"],
+    });
+    expect((await virtualMachine.diff(context, id, state, inputs)).changes).toEqual([]);
+    expect(await xmlOf(desk, host)).toContain(`origin="${ORIGIN}"`);
+
+    const seen = await virtualMachine.read(context, id, state);
+    expect(seen).toEqual({ id, state, inputs });
+
+    const news = await desk.checked(args(host, { powerState: "stopped", vcpus: 3, disks: [], autostart: true, title: "Shop" }), inputs);
+    const updated = await virtualMachine.update(context, id, state, news);
+    expect(updated).toMatchObject({ powerState: "stopped", vcpus: 3, ownVolumes: ["/default-pool/web-data.qcow2"] });
+    expect(await xmlOf(desk, host)).toMatch(/<title>Shop<\/title>[^]*<vcpu placement='static'>3</);
+    expect(desk.logged.at(-1)).toContain("web-data.qcow2 is no longer a disk of the machine; it stays");
+    expect((await virtualMachine.diff(context, id, updated, news)).changes).toEqual([]);
+
+    await virtualMachine.delete(context, id, updated);
+    await expect(libvirt.domainLookupByName("web")).rejects.toThrow(LibvirtError);
+    expect((await libvirt.storagePoolListAllVolumes(pool)).map(({ name }) => name)).toEqual(["web-root.qcow2"]);
+    expect(await virtualMachine.read(context, id, updated)).toBeUndefined();
+    await virtualMachine.delete(context, id, updated);
+  });
+
+  test("what a human changes is drift of what was declared, and of nothing else", async ({ desk, host }) => {
+    const { context } = desk;
+    const networks = [{ type: "user" }, { network: "default" }];
+    const inputs = await desk.checked(args(host, { memoryMiB: 64, networks, title: "Web" }));
+    const { id, state } = await virtualMachine.create(context, inputs);
+    const libvirt = await libvirtOf(desk, host);
+    const changed = (await xmlOf(desk, host))
+      .replaceAll(">65536<", ">131072<")
+      .replace(">1</vcpu>", ">2</vcpu>")
+      .replace("<title>Web</title>", "")
+      .replace(/<interface type='user'>[^]*?<\/interface>/, "")
+      .replace(
+        "</devices>",
+        "<interface type='bridge'><mac address='52:54:00:00:00:09'/><source bridge='br7'/><model type='virtio'/></interface></devices>",
+      );
+    const domain = await libvirt.domainDefineXML(changed);
+    await libvirt.domainCreate(domain);
+    const seen = await virtualMachine.read(context, id, state);
+    expect(seen?.inputs).toEqual({
+      ...inputs,
+      memoryMiB: 128,
+      title: undefined,
+      networks: [inputs.networks[1], { bridge: "br7", mac: "52:54:00:00:00:09", model: "virtio" }],
+      powerState: "running",
+    });
+    expect(seen?.state.powerState).toBe("running");
+    const { changes } = await virtualMachine.diff(context, id, seen!.state, inputs);
+    expect(changes.map(({ property }) => property)).toEqual(["memoryMiB", "networks", "powerState", "title"]);
+    const repaired = await virtualMachine.update(context, id, seen!.state, inputs);
+    expect((await virtualMachine.read(context, id, repaired))?.inputs).toEqual(inputs);
+  });
+
+  test("a create that was killed is gone on with, and its half volume is made anew", async ({ desk, host }) => {
+    const libvirt = await libvirtOf(desk, host);
+    const pool = await libvirt.storagePoolLookupByName("default-pool");
+    const inputs = await desk.checked(args(host, { disks: [{ size: "2MiB", name: "data", pool: "default-pool" }] }));
+    await virtualMachine.create(desk.context, inputs);
+    const half = (await xmlOf(desk, host)).replace(/(volume path="[^"]*")/, '$1 state="unfinished"');
+    await libvirt.domainDefineXML(half);
+    await libvirt.storageVolDelete(await libvirt.storageVolLookupByName(pool, "web-data.qcow2"));
+    await libvirt.storageVolCreateXML(pool, "<volume><name>web-data.qcow2</name><capacity>1</capacity></volume>");
+
+    const news = await desk.checked(args(host, { disks: [{ size: "2MiB", name: "data", pool: "default-pool" }] }));
+    const { state } = await virtualMachine.create(desk.context, news);
+    expect(state.ownVolumes).toEqual(["/default-pool/web-data.qcow2"]);
+    const { capacity } = await libvirt.storageVolGetInfo(await libvirt.storageVolLookupByName(pool, "web-data.qcow2"));
+    expect(capacity).toBe(2 * 1024 * 1024);
+    expect(await xmlOf(desk, host)).not.toContain("unfinished");
+  });
+
+  test("a create that fails leaves nothing, and what is in its way as it was", async ({ desk, host }) => {
+    const libvirt = await libvirtOf(desk, host);
+    const pool = await libvirt.storagePoolLookupByName("default-pool");
+    const disks = ["one", "two"].map((name) => ({ size: "1MiB", name, pool: "default-pool" }));
+    const inputs = await desk.checked(args(host, { disks }));
+    await libvirt.storageVolCreateXML(pool, "<volume><name>web-two.qcow2</name><capacity>7</capacity></volume>");
+    await expect(virtualMachine.create(desk.context, inputs)).rejects.toThrow(LibvirtError);
+    await expect(libvirt.domainLookupByName("web")).rejects.toThrow(LibvirtError);
+    expect((await libvirt.storagePoolListAllVolumes(pool)).map(({ name }) => name)).toEqual(["web-two.qcow2"]);
+  });
+
+  test("create never touches a machine that is not its own", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host));
+    const libvirt = await libvirtOf(desk, host);
+    const foreign = `<domain type="test"><name>theirs</name><uuid>${inputs.uuid}</uuid><memory>65536</memory><os><type>hvm</type></os></domain>`;
+    await libvirt.domainDefineXML(foreign);
+    await expect(virtualMachine.create(desk.context, inputs)).rejects.toThrow("is not ours: nothing was changed");
+    expect(await xmlOf(desk, host, "theirs")).toContain("<name>theirs</name>");
+  });
+
+  test("delete refuses a machine that another program owns by now", async ({ desk, host }) => {
+    const { id, state } = await virtualMachine.create(desk.context, await desk.checked(args(host)));
+    const moved = { ...state, origin: "acme/shop/stage/web" };
+    await expect(virtualMachine.delete(desk.context, id, moved)).rejects.toThrow(`belongs to ${ORIGIN} and is not deleted`);
+  });
+
+  test("a machine that was undefined by hand is made again by an update", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host, { disks: [{ size: "1MiB", name: "data", pool: "default-pool" }] }));
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    const libvirt = await libvirtOf(desk, host);
+    await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("web"), 0);
+    expect(await virtualMachine.update(desk.context, id, state, inputs)).toEqual(state);
+  });
+});
