@@ -1,19 +1,29 @@
 /**
- * An inline Automation program in a process of its own: argv is a command of the stack, the host's URI, and the source file.
+ * An inline Automation program in a process of its own: argv is a command of the stack, the host's URI, the source file, the file for the
+ * serial console, and the machine's title.
  * Prints the stack's outputs and the operation's summary as one line of JSON.
  */
 import { argv, env, stdout } from "node:process";
 import { LocalWorkspace, PulumiCommand } from "@pulumi/pulumi/automation/index.js";
-import { ImportedDisk } from "virtlift";
+import { ImportedDisk, VirtualMachine } from "virtlift";
 
-const [, , command = "", host = "", file = ""] = argv;
+const [, , command = "", host = "", file = "", serialLog = "", title = ""] = argv;
 const stack = await LocalWorkspace.createOrSelectStack(
   {
     stackName: "test",
     projectName: "inline",
     program: async () => {
-      const { path, sourceDigest } = new ImportedDisk("root", { host, source: { file } });
-      return { path, sourceDigest };
+      const disk = new ImportedDisk("root", { host, source: { file } });
+      const machine = new VirtualMachine("web", {
+        importedDisk: disk,
+        memoryMiB: 256,
+        domainType: "qemu",
+        networks: [],
+        waitFor: [{ type: "serial", text: "virtlift-guest done" }],
+        serialLog,
+        title,
+      });
+      return { path: disk.path, uuid: machine.uuid };
     },
   },
   { pulumiCommand: await PulumiCommand.get({}), envVars: { PULUMI_BACKEND_URL: env["PULUMI_BACKEND_URL"] ?? "" } },
