@@ -4,14 +4,24 @@ import { once } from "node:events";
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
-import type { Client, credentials as Credentials, ServiceError } from "@grpc/grpc-js";
 import type * as Messages from "@pulumi/pulumi/proto/provider_pb.js";
-import type { Struct } from "google-protobuf/google/protobuf/struct_pb.js";
+
+type Bag = Record<string, unknown>;
+type Struct = NonNullable<ReturnType<Messages.CheckRequest["getOlds"]>>;
+
+/** What gRPC gives for a call that failed. Source: @grpc/grpc-js `ServiceError`. */
+interface ServiceError {
+  readonly code: number;
+  readonly details: string;
+  readonly metadata: { get(key: string): readonly (string | Buffer)[] };
+}
 
 // The SDK's own copies of gRPC and protobuf: others would not take its messages.
 const requireFromSdk = createRequire(fileURLToPath(import.meta.resolve("@pulumi/pulumi")));
-const { credentials } = requireFromSdk("@grpc/grpc-js") as { credentials: typeof Credentials };
-const { Struct: StructMessage } = requireFromSdk("google-protobuf/google/protobuf/struct_pb") as { Struct: typeof Struct };
+const { credentials } = requireFromSdk("@grpc/grpc-js") as { credentials: { createInsecure(): unknown } };
+const { Struct: StructMessage } = requireFromSdk("google-protobuf/google/protobuf/struct_pb") as {
+  Struct: { fromJavaScript(bag: Bag): Struct };
+};
 const messages = requireFromSdk("@pulumi/pulumi/proto/provider_pb") as typeof Messages;
 const { Status } = requireFromSdk("@pulumi/pulumi/proto/status_pb") as {
   Status: {
@@ -19,12 +29,10 @@ const { Status } = requireFromSdk("@pulumi/pulumi/proto/status_pb") as {
   };
 };
 const { ResourceProviderClient } = requireFromSdk("@pulumi/pulumi/proto/provider_grpc_pb") as {
-  ResourceProviderClient: new (address: string, channel: unknown) => Client & Record<string, Method>;
+  ResourceProviderClient: new (address: string, channel: unknown) => Record<string, Method> & { close(): void };
 };
 
 type Method = (request: unknown, callback: (error: ServiceError | null, response: never) => void) => void;
-type Bag = Record<string, unknown>;
-
 /** What the engine stores when a create or update threw the partial shape. */
 export interface Partial {
   readonly id: string;
@@ -96,7 +104,7 @@ export async function openProviderProcess(options: { readonly cwd: string; reado
         error === null ? resolve(response) : reject(new CallError(error)),
       );
     });
-  const struct = (bag: Bag): Struct => StructMessage.fromJavaScript(bag as Parameters<typeof StructMessage.fromJavaScript>[0]);
+  const struct = (bag: Bag): Struct => StructMessage.fromJavaScript(bag);
 
   return {
     pid: child.pid ?? 0,
