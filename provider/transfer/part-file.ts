@@ -5,6 +5,7 @@ import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
 import { CommandError, DiskError } from "../errors.ts";
 import type { Host, HostStream } from "../host/hosts.ts";
+import { type Part, pathTaken } from "./part.ts";
 import { RECEIVER } from "./receiver.ts";
 
 /** Frames end at multiples of this: large enough that the host's two processes a frame cost nothing, small enough to hold a few. */
@@ -21,9 +22,6 @@ const LOCK_PATIENCE_MS = 15_000;
 
 /** The folder inside a pool's that holds what is not finished. A directory pool does not descend into it. */
 export const WORK_FOLDER = ".virtlift";
-
-/** Something of that name is there already, and it is not ours to overwrite. */
-export class PathTaken extends DiskError {}
 
 export interface PartFileOptions {
   /** Names the part: the same import finds it again, two different ones never meet. A plain file name. */
@@ -56,15 +54,8 @@ export async function openPartFile(host: Host, options: PartFileOptions): Promis
   }
 }
 
-function pathTaken(path: string, host: string): PathTaken {
-  return new PathTaken(`${path} exists on ${host} and is not overwritten: choose another \`name\`, or remove it`, {
-    step: "publish",
-    path,
-  });
-}
-
 /** An open part file. Bytes of one frame at a time are held; `write` waits when the host is behind. Not for concurrent use. */
-export class PartFile implements AsyncDisposable {
+export class PartFile implements Part {
   readonly #stream: HostStream;
   readonly #host: string;
   readonly #path: string;

@@ -5,7 +5,8 @@ import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
-import { FRAME_BYTES, openPartFile, PathTaken, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
+import { PathTaken } from "../../provider/transfer/part.ts";
+import { FRAME_BYTES, openPartFile, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { openDirectory } from "../bed/directory.ts";
 
 /** A folder that stands for a pool's, this machine as host, and the part of one import. */
