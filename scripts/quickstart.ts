@@ -70,12 +70,12 @@ async function main(rest: readonly string[], open: Hosts): Promise<number> {
     note(path === undefined ? "is there" : `made in ${path} on ${host.label}`);
   });
 
-  const stack = Stacks.nameFor(uri);
+  const stack = Stacks.nameFor(uri, image ?? "proof");
   await stacks.prepare(stack, {
     host: uri,
     source: image ?? proof?.path ?? "",
     pool: POOL_NAME,
-    name: POOL_NAME,
+    name: `virtlift-${stack}`,
     networks: JSON.stringify([{ type: "user", mac: MAC }]),
     memoryMiB: proof === undefined ? "2048" : "256",
     ...(domainType === undefined ? {} : { domainType }),
@@ -152,7 +152,7 @@ async function showConsole(host: Host, outputs: Outputs): Promise<number> {
     onLine: (line) => say(`│ ${line}`),
   });
   if (text.trim() === "") say("the guest wrote nothing to its serial port: look at it with virt-viewer, or virsh screenshot");
-  say(`\nThe machine is ${POOL_NAME}, on ${outputs.path}. It all goes away again with: npm run quickstart -- --destroy`);
+  say(`\nThe machine is ${outputs.name}, on ${outputs.path}. It all goes away again with: npm run quickstart -- --destroy`);
   return 0;
 }
 
@@ -163,12 +163,30 @@ async function destroy(open: Hosts): Promise<number> {
     return 0;
   }
   const stacks = await Stacks.open(await preparePulumi());
+  const uris = new Set<string>();
+  let failures = 0;
+  /** One host that is away does not keep the others from being cleaned. */
+  const attempt = async (work: Promise<void>): Promise<void> => {
+    try {
+      await work;
+    } catch (error) {
+      failures += 1;
+      say(`✗ ${error instanceof Error ? error.message : String(error)}`);
+    }
+  };
   for (const name of await stacks.list()) {
     const uri = await stacks.hostOf(name);
-    await stacks.remove(name);
-    if (uri === undefined) continue;
+    if (uri !== undefined) uris.add(uri);
+    await attempt(stacks.remove(name));
+  }
+  for (const uri of uris) {
     const host = open.open({ uri });
-    await step(`remove storage pool ${POOL_NAME} on ${host.label}`, () => removePool(host));
+    await attempt(step(`remove storage pool ${POOL_NAME} on ${host.label}`, () => removePool(host)));
+  }
+  if (failures > 0) {
+    throw new SetupError(
+      `not all could be removed; mend what stands above and run this again, or, where a host is gone for good, delete ${Stacks.directory()}`,
+    );
   }
   await rm(Stacks.directory(), { recursive: true });
   // ENOTEMPTY: somebody else keeps something beside it.

@@ -17,13 +17,14 @@ const CLI_TIMEOUT_MS = 120_000;
 export type Settings = Readonly<Record<string, string>>;
 
 export interface Outputs {
+  readonly name: string;
   readonly path: string;
   readonly sourceDigest: string;
   readonly macAddresses: readonly string[];
   readonly serialLog: string;
 }
 
-/** One stack a host, so that a quickstart elsewhere never takes the first one's machine away. */
+/** One stack for each host and image, so that a quickstart with another one never takes the first one's machine away. */
 export class Stacks {
   readonly #directory: string;
   readonly #env: NodeJS.ProcessEnv;
@@ -58,9 +59,9 @@ export class Stacks {
     return new Stacks(directory, pulumiBin);
   }
 
-  /** The stack's name for a host: `quickstart`, a dash and a short hash of the URI. */
-  static nameFor(uri: string): string {
-    return `quickstart-${createHash("sha256").update(uri).digest("hex").slice(0, 8)}`;
+  /** The name of the stack for a host and an image: `quickstart-` and a short hash of the two. */
+  static nameFor(uri: string, image: string): string {
+    return `quickstart-${createHash("sha256").update(`${uri}\0${image}`).digest("hex").slice(0, 8)}`;
   }
 
   /** Makes the stack where it is not there, frees it from a run that died, and gives it these settings and no others. */
@@ -93,8 +94,7 @@ export class Stacks {
   /** Destroys what the stack made and forgets the stack. Throws SetupError when something could not be destroyed. */
   async remove(name: string): Promise<void> {
     await this.#recover(name);
-    await this.#show("destroy", "--yes", "--skip-preview", ...this.#select(name));
-    await this.#ask("stack", "rm", name, "--yes", "--preserve-config");
+    await this.#show("destroy", "--yes", "--skip-preview", "--remove", ...this.#select(name));
     await rm(this.#settingsFile(name), { force: true });
   }
 
