@@ -1,4 +1,5 @@
 /** VirtualMachine: a libvirt machine that boots from an imported disk or from a template, and stays the user's own for life. */
+import { posix } from "node:path";
 import { CommandError, ConnectionError, isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
@@ -262,9 +263,14 @@ function placeNetworks(args: Identified, olds: MachineInputs | undefined): reado
 /** Where libvirt keeps the logs of machines, and virtlogd may write: for a user's own daemon in that user's cache. Source: virQEMUDriverConfigNew in qemu_conf.c. */
 async function serialLogPath(host: Host, name: string): Promise<string> {
   const file = `${name}-serial0.log`;
-  if (!/\/session(?:[?#]|$)/.test(host.spec.uri)) return `/var/log/libvirt/qemu/${file}`;
+  if (!isSession(host)) return `/var/log/libvirt/qemu/${file}`;
   const { stdout } = await host.run(["sh", "-c", 'printf %s "${XDG_CACHE_HOME:-$HOME/.cache}"']);
   return `${stdout.toString("utf8")}/libvirt/qemu/log/${file}`;
+}
+
+/** Whether the daemon is a user's own. It finds its folder for logs only when a package or an earlier machine made it. */
+function isSession(host: Host): boolean {
+  return /\/session(?:[?#]|$)/.test(host.spec.uri);
 }
 
 /** What a user can mend, as a failure of the property that shows it; anything else is thrown on. */
@@ -463,7 +469,7 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
       else if (!existing) await undefine(libvirt, marked);
     } catch (failure) {
       // What made it fail is what the user is to know of; what stays is known to be ours, and the next try goes on with it.
-      context.log("warn", `${inputs.name}: what was begun on ${host.label} could not be taken back: ${String(failure)}`);
+      context.log("warn", `${inputs.name}: what was begun on ${host.label} could not be taken back: ${messageOf(failure)}`);
     }
     throw error;
   }
@@ -507,17 +513,32 @@ async function settle(
     if ((await libvirt.domainGetAutostart(domain)) !== inputs.autostart) await libvirt.domainSetAutostart(domain, inputs.autostart);
     if (restart || inputs.powerState === "stopped") await stopGuest(guest, policy);
     if (inputs.powerState === "running") {
+      if (isSession(guest.host)) await guest.host.run(["mkdir", "-p", "--", posix.dirname(inputs.serialLog)]);
       const started = await startGuest(guest);
       if (started || mustWait) await waitForGuest(guest, inputs.waitFor, inputs.serialLog);
     }
     // As declared: a guest that powers itself off is found by the next refresh, not taken for a change of the program's.
     return { ...(await stateOf(guest, inputs, true)), powerState: inputs.powerState };
   } catch (error) {
-    const isForeseen = error instanceof LibvirtError || error instanceof GuestTimeout;
-    if (!isForeseen) throw error;
-    const reason = error instanceof GuestTimeout ? error.message : `${inputs.name} is defined on ${guest.host.label}, but ${error.message}`;
-    throw new Incomplete(reason, { id: inputs.uuid, state: await stateOf(guest, inputs, false), cause: error });
+    const reason =
+      error instanceof GuestTimeout ? error.message : `${inputs.name} is defined on ${guest.host.label}, but ${messageOf(error)}`;
+    throw new Incomplete(reason, { id: inputs.uuid, state: await unfinishedState(guest, inputs), cause: error });
   }
+}
+
+/** As far as the host still tells: a machine that exists is never lost with its connection. */
+async function unfinishedState(guest: Guest, inputs: MachineInputs): Promise<MachineState> {
+  try {
+    return await stateOf(guest, inputs, false);
+  } catch {
+    // The error that led here is what the user is told.
+    const volumes = ownVolumes(inputs).map(({ path }) => path);
+    return { ...inputs, powerState: "stopped", ipAddresses: [], restartPending: false, ready: false, ownVolumes: volumes };
+  }
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }
 
 async function stateOf(guest: Guest, inputs: MachineInputs, ready: boolean): Promise<MachineState> {

@@ -1,0 +1,251 @@
+/** VirtualMachine with guests that run: the proof guest under an emulated CPU tells on its serial console what it found. */
+import { existsSync } from "node:fs";
+import { copyFile, readdir, readFile, rm } from "node:fs/promises";
+import { join } from "node:path";
+import { describe, expect, test as base } from "vitest";
+import { type GuestOptions, prepareGuest } from "../../scripts/guest/guest.ts";
+import { parseGuestReport } from "../../scripts/guest/report.ts";
+import { runCommand } from "../../scripts/setup/command.ts";
+import { Incomplete } from "../../provider/resources/resource.ts";
+import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
+import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
+import { type MachineBench, openMachineBench } from "./machine-bench.ts";
+
+interface Fixtures {
+  readonly libvirtd: Libvirtd;
+  readonly desk: MachineBench;
+}
+
+const test = base.extend<Fixtures>({
+  libvirtd: [
+    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+    async ({}, use) => {
+      await using libvirtd = await openLibvirtd({ network: true });
+      await use(libvirtd);
+    },
+    { scope: "file" },
+  ],
+  // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+  desk: async ({}, use) => {
+    await using desk = openMachineBench();
+    await use(desk);
+  },
+});
+
+/** The guest's disk as a volume of the pool. Gives its path. */
+async function placeGuest(libvirtd: Libvirtd, name: string, options: GuestOptions = {}): Promise<string> {
+  const path = join(libvirtd.poolPath, `${name}.qcow2`);
+  await copyFile((await prepareGuest("qcow2", { hash: false, ...options })).path, path);
+  await libvirtd.virsh("pool-refresh", "default");
+  return path;
+}
+
+const machine = (libvirtd: Libvirtd, name: string, more: object = {}) => ({
+  origin: `acme/shop/prod/${name}`,
+  host: libvirtd.uri,
+  memoryMiB: 256,
+  domainType: "qemu",
+  serialLog: join(libvirtd.directory, `${name}.log`),
+  waitFor: [{ type: "serial", text: "virtlift-guest done", timeoutSeconds: 90 }],
+  ...more,
+});
+
+async function reportOf(serialLog: string) {
+  return parseGuestReport(await readFile(serialLog, "utf8"));
+}
+
+describe("a guest by BIOS", () => {
+  test("boots, is found at its address, keeps running under a deferred change, restarts with consent, and shuts down by itself", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const { context } = desk;
+    const path = await placeGuest(libvirtd, "web-root", { stay: true });
+    const news = machine(libvirtd, "web", {
+      importedDisk: { diskId: "web-root", path },
+      networks: [{ network: "default", mac: "52:54:00:be:ef:01" }],
+      disks: [{ size: "8MiB", name: "data" }],
+      onRestartRequired: "defer",
+    });
+    const waits = [...news.waitFor, { type: "ipv4", timeoutSeconds: 60 }];
+    const inputs = await desk.checked({ ...news, waitFor: waits });
+    const { id, state } = await virtualMachine.create(context, inputs);
+    expect(state.ipAddresses).toEqual([expect.stringMatching(/^192\.168\.122\.\d+$/)]);
+    const first = await reportOf(inputs.serialLog);
+    expect(first).toMatchObject({
+      firmware: "bios",
+      vcpus: 1,
+      uuid: inputs.uuid,
+      interfaces: [{ mac: "52:54:00:be:ef:01", driver: "e1000e" }],
+      disks: [
+        { device: "/dev/sda", sizeBytes: 64 * 2 ** 20 },
+        { device: "/dev/sdb", sizeBytes: 8 * 2 ** 20 },
+      ],
+    });
+    expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
+
+    const deferred = await virtualMachine.update(context, id, state, await desk.checked({ ...news, vcpus: 2, title: "Web" }, inputs));
+    expect(deferred).toMatchObject({ restartPending: true, powerState: "running", vcpus: 2 });
+    expect(await reportOf(inputs.serialLog)).toEqual({ ...first, ipv4Addresses: expect.anything() });
+    expect(await libvirtd.virsh("desc", "web", "--title")).toContain("Web");
+
+    const wanted = await desk.checked({ ...news, vcpus: 2, title: "Web", onRestartRequired: "restart" }, inputs);
+    expect((await virtualMachine.diff(context, id, deferred, wanted)).changes).toMatchObject([
+      { property: "onRestartRequired", effect: "live" },
+      { property: "onRestartRequired", effect: "restart" },
+    ]);
+    const restarted = await virtualMachine.update(context, id, deferred, wanted);
+    expect(restarted).toMatchObject({ restartPending: false, powerState: "running" });
+    expect(await reportOf(inputs.serialLog)).toMatchObject({ vcpus: 2, uuid: inputs.uuid, interfaces: first!.interfaces });
+
+    const stopped = await virtualMachine.update(context, id, restarted, await desk.checked({ ...news, powerState: "stopped" }, inputs));
+    expect(stopped).toMatchObject({ powerState: "stopped", ipAddresses: [], vcpus: 1 });
+    expect(desk.logged.filter((line) => line.startsWith("warn"))).toEqual([]);
+    await virtualMachine.delete(context, id, stopped);
+    expect(existsSync(path)).toBe(true);
+    expect(existsSync(join(libvirtd.poolPath, "web-data.qcow2"))).toBe(false);
+  }, 120_000);
+});
+
+describe("a guest by UEFI", () => {
+  test("boots from an overlay of a template, keeps its NVRAM through updates, and goes with both; the template stays", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const { context } = desk;
+    const template = await placeGuest(libvirtd, "template");
+    const news = machine(libvirtd, "efi", {
+      image: { path: template, mode: "overlay", capacity: "96MiB" },
+      firmware: "uefi",
+      bus: "virtio",
+      networks: [{ type: "user" }],
+    });
+    const inputs = await desk.checked(news);
+    const { id, state } = await virtualMachine.create(context, inputs);
+    expect(state.ownVolumes).toEqual([join(libvirtd.poolPath, "efi-boot.qcow2")]);
+    expect(await reportOf(inputs.serialLog)).toMatchObject({
+      firmware: "uefi",
+      disks: [{ device: "/dev/vda", sizeBytes: 96 * 2 ** 20 }],
+      interfaces: [{ mac: inputs.macAddresses[0], driver: "virtio_net" }],
+    });
+    const nvram = join(libvirtd.directory, "lib/qemu/nvram/efi_VARS.fd");
+    const before = await readFile(nvram);
+
+    const changed = await desk.checked({ ...news, memoryMiB: 300, powerState: "stopped" }, inputs);
+    const updated = await virtualMachine.update(context, id, state, changed);
+    expect(updated).toMatchObject({ powerState: "stopped", memoryMiB: 300 });
+    expect((await readFile(nvram)).equals(before)).toBe(true);
+
+    await virtualMachine.delete(context, id, updated);
+    expect(existsSync(nvram)).toBe(false);
+    expect(existsSync(join(libvirtd.poolPath, "efi-boot.qcow2"))).toBe(false);
+    expect(existsSync(template)).toBe(true);
+  }, 120_000);
+});
+
+describe("without a guest system", () => {
+  test("a copy of a template of another format stands alone, at the size that is asked for", async ({ libvirtd, desk }) => {
+    const guest = await prepareGuest("raw", { hash: false });
+    await copyFile(guest.path, join(libvirtd.poolPath, "template.img"));
+    await libvirtd.virsh("pool-refresh", "default");
+    const image = { volume: "template.img", capacity: "80MiB" };
+    const inputs = await desk.checked(machine(libvirtd, "copy", { image, powerState: "stopped" }));
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    const { stdout } = await runCommand(["qemu-img", "info", "--output=json", inputs.diskPaths[0]!]);
+    expect(JSON.parse(stdout)).toMatchObject({ format: "qcow2", "virtual-size": 80 * 2 ** 20 });
+    expect(stdout).not.toContain("backing");
+    await runCommand(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", guest.path, inputs.diskPaths[0]!]);
+    await virtualMachine.delete(desk.context, id, state);
+    expect(await readdir(libvirtd.poolPath)).not.toContain("copy-boot.qcow2");
+  });
+
+  test("a machine is waited for again by the next update when it did not show in time what it was to show", async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    await libvirtd.virsh("vol-create-as", "default", "slow.qcow2", "1M", "--format", "qcow2");
+    const importedDisk = { diskId: "slow", path: join(libvirtd.poolPath, "slow.qcow2") };
+    const news = machine(libvirtd, "slow", { importedDisk, waitFor: [{ type: "serial", text: "login:", timeoutSeconds: 0.1 }] });
+    const inputs = await desk.checked({ ...news, shutdownTimeoutSeconds: 1 });
+    const sentence = /^slow on this machine runs, but showed no "login:" on its serial console within 0.1 s: .*slow.log is empty$/;
+    const failed = await virtualMachine.create(context, inputs).catch((error: unknown) => error);
+    if (!(failed instanceof Incomplete)) throw failed;
+    expect(failed.message).toMatch(sentence);
+    const partial = failed.state as Parameters<typeof virtualMachine.update>[2];
+    expect(partial).toMatchObject({ ready: false, powerState: "running" });
+    await expect(virtualMachine.update(context, inputs.uuid, partial, inputs)).rejects.toThrow(sentence);
+    const patient = await desk.checked({ ...news, shutdownTimeoutSeconds: 1, waitFor: [{ type: "delay", seconds: 0.1 }] }, inputs);
+    const state = await virtualMachine.update(context, inputs.uuid, partial, patient);
+    expect(state.ready).toBe(true);
+    await virtualMachine.delete(context, inputs.uuid, state);
+  });
+
+  test("a machine that does not shut down is left running with a sentence, or cut with a warning", async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    await libvirtd.virsh("vol-create-as", "default", "deaf.qcow2", "1M", "--format", "qcow2");
+    const path = join(libvirtd.poolPath, "deaf.qcow2");
+    const news = machine(libvirtd, "deaf", { importedDisk: { diskId: "deaf", path }, waitFor: [], shutdownTimeoutSeconds: 1 });
+    const inputs = await desk.checked(news);
+    const { id, state } = await virtualMachine.create(context, inputs);
+    const off = await desk.checked({ ...news, powerState: "stopped" }, inputs);
+    await expect(virtualMachine.update(context, id, state, off)).rejects.toThrow(
+      'deaf on this machine did not shut down within 1 s of being asked: shut it down from inside, or set `onShutdownTimeout: "cut"`',
+    );
+    const cut = await desk.checked({ ...news, powerState: "stopped", onShutdownTimeout: "cut" }, inputs);
+    expect(await virtualMachine.update(context, id, state, cut)).toMatchObject({ powerState: "stopped" });
+    expect(desk.logged.at(-1)).toBe("warn: deaf on this machine did not shut down within 1 s of being asked: its power was cut");
+    await virtualMachine.delete(context, id, state);
+  });
+
+  test("a machine that cannot start is defined and incomplete, and starts once its reason is mended", async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    const path = join(libvirtd.poolPath, "late.qcow2");
+    const inputs = await desk.checked(
+      machine(libvirtd, "late", { importedDisk: { diskId: "late", path }, waitFor: [], shutdownTimeoutSeconds: 1 }),
+    );
+    const failed = await virtualMachine.create(context, inputs).catch((error: unknown) => error);
+    if (!(failed instanceof Incomplete)) throw failed;
+    expect(failed.message).toMatch(/^late is defined on this machine, but DomainCreate failed: .*late\.qcow2/);
+    expect(failed.resourceId).toBe(inputs.uuid);
+    const partial = failed.state as Parameters<typeof virtualMachine.update>[2];
+    expect(partial.powerState).toBe("stopped");
+    await runCommand(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"]);
+    const state = await virtualMachine.update(context, inputs.uuid, partial, inputs);
+    expect(state.powerState).toBe("running");
+    await virtualMachine.delete(context, inputs.uuid, state);
+    await rm(path);
+  });
+
+  test("a snapshot's file on top of a disk is kept by an update, and said", async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    const path = await placeGuest(libvirtd, "snap-root");
+    const news = machine(libvirtd, "snap", { importedDisk: { diskId: "snap-root", path }, powerState: "stopped" });
+    const inputs = await desk.checked(news);
+    const { id, state } = await virtualMachine.create(context, inputs);
+    await libvirtd.virsh("snapshot-create-as", "snap", "before", "--disk-only");
+    const top = join(libvirtd.poolPath, "snap-root.before");
+    expect(await libvirtd.virsh("domblklist", "snap")).toContain(top);
+    const seen = await virtualMachine.read(context, id, state);
+    expect(seen?.inputs).toEqual(inputs);
+    expect(desk.logged.at(-1)).toContain(`its disk sda is ${top}, not ${path}`);
+    const updated = await virtualMachine.update(context, id, seen!.state, await desk.checked({ ...news, vcpus: 2 }, inputs));
+    expect(await libvirtd.virsh("domblklist", "snap")).toContain(top);
+    expect(desk.logged.at(-1)).toBe(`warn: snap: a snapshot put ${top} on top of ${path}; the machine keeps running on it`);
+    await virtualMachine.delete(context, id, updated);
+    expect(existsSync(top)).toBe(true);
+  });
+
+  test("what the host does not have active or installed is said in preview", async ({ libvirtd, desk }) => {
+    await using quiet = await openLibvirtd();
+    const importedDisk = { diskId: "a", path: "/a.qcow2" };
+    const networks = [{ network: "default" }];
+    expect(await desk.failures(machine(quiet, "web", { importedDisk, networks }))).toEqual([
+      { property: "networks[0].network", reason: expect.stringContaining("is not active: virsh net-start default") },
+    ]);
+    expect(await desk.failures(machine(quiet, "web", { importedDisk, networks, powerState: "stopped" }))).toEqual([]);
+    expect(await desk.failures(machine(libvirtd, "web", { importedDisk, firmware: "uefi", secureBoot: true }))).toEqual([]);
+    await quiet.run("mount", "-t", "tmpfs", "none", "/usr/share/qemu/firmware");
+    await quiet.killDaemon();
+    expect(await desk.failures(machine(quiet, "web", { importedDisk, firmware: "uefi" }))).toEqual([
+      { property: "firmware", reason: expect.stringContaining("has no UEFI firmware for q35 machines") },
+    ]);
+  });
+});
