@@ -5,6 +5,7 @@ import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { argv, env, execPath, exit } from "node:process";
+import { CommandError } from "../provider/errors.ts";
 import { prepareGuest } from "./guest/guest.ts";
 import { GUEST, LIBVIRT, preparePackages, SetupError, TESTS } from "./setup/packages.ts";
 import { preparePulumi } from "./setup/pulumi.ts";
@@ -25,7 +26,7 @@ try {
   await step("proof guest", async () => void (await prepareGuest()));
   exit(await runTests(pulumi, argv.slice(2)));
 } catch (error) {
-  if (!(error instanceof SetupError)) throw error;
+  if (!(error instanceof SetupError || error instanceof CommandError)) throw error;
   say(`✗ ${error.message}`);
   exit(1);
 }

@@ -8,6 +8,7 @@ import { env } from "node:process";
 import { cachePath, fillOnce } from "./cache.ts";
 import { runCommand } from "./command.ts";
 import { exists, findExecutable } from "./files.ts";
+import { SetupError } from "./packages.ts";
 import { type Note, step } from "./steps.ts";
 
 /** The oldest CLI that the package's peer range of @pulumi/pulumi goes with. */
@@ -30,7 +31,7 @@ const DYNAMIC_PROVIDER_LAUNCHER = "pulumi-resource-pulumi-nodejs";
 
 /**
  * The directory to put first on PATH: `pulumi`, the Node language host and the dynamic provider's launcher are in it, or already on PATH.
- * Shows its step. Throws Error with what was tried and what would help when there is no CLI to be had.
+ * Shows its step. Throws SetupError with what was tried and what would help when there is no CLI to be had.
  */
 export async function preparePulumi(): Promise<string> {
   return step("Pulumi CLI", async (note) => {
@@ -86,7 +87,7 @@ async function obtain(directory: string, note: Note): Promise<void> {
     join(homedir(), "go/bin"),
   ]);
   if (go === undefined) {
-    throw new Error(
+    throw new SetupError(
       `no Pulumi CLI: none of version ${OLDEST_CLI.join(".")} or newer is on PATH, the official installer failed (${refusal}), and no Go toolchain is there to build it with; ` +
         "install Pulumi (https://www.pulumi.com/docs/install) or Go (https://go.dev/dl), then run this again",
     );
