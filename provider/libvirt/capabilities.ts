@@ -12,12 +12,64 @@ export function parseDomainTypes(capabilities: string): ReadonlySet<string> {
   return new Set(types.map(({ type }) => type));
 }
 
-/** Whether UEFI firmware is offered, and one with Secure Boot. Throws ImageError on what is no XML. */
-export function parseFirmwares(domainCapabilities: string): { readonly uefi: boolean; readonly secureBoot: boolean } {
-  const [os] = all(parseXml(domainCapabilities, "the domain capabilities"), "os");
+/** Who guards the host's machines, and as whom QEMU runs. */
+export interface HostSecurity {
+  /** `selinux`, `apparmor`, `dac`; what is switched off is left out. */
+  readonly models: readonly string[];
+  /** The numbers of QEMU's user and group; undefined where libvirt does not say them, as for a user's own daemon. */
+  readonly qemuUser: { readonly uid: number; readonly gid: number } | undefined;
+}
+
+/** Throws ImageError on what is no XML. Source: formatcaps.html, `secmodel`; the DAC label is `+uid:+gid` (security_dac.c). */
+export function parseSecurity(capabilities: string): HostSecurity {
+  const models = all(parseXml(capabilities, "the host's capabilities"), "host").flatMap((host) => all(host, "secmodel"));
+  const nameOf = (model: XmlElement): string => all(model, "model")[0]?.text ?? "";
+  const dac = models.find((model) => nameOf(model) === "dac");
+  const [, uid, gid] = /^\+(\d+):\+(\d+)$/.exec((dac && all(dac, "baselabel")[0]?.text) ?? "") ?? [];
+  return {
+    models: models.map(nameOf).filter((name) => name !== "none" && name !== ""),
+    qemuUser: uid === undefined ? undefined : { uid: Number(uid), gid: Number(gid) },
+  };
+}
+
+/** What the host offers to machines of one type (`q35`, `pc`) and kind (`kvm`, `qemu`). */
+export interface MachineOffer {
+  readonly uefi: boolean;
+  readonly secureBoot: boolean;
+  /** undefined: not said. */
+  readonly maxVcpus: number | undefined;
+  /** The CPU modes: `host-passthrough`, `host-model`, `maximum`, `custom`. */
+  readonly cpuModes: readonly string[];
+  /** Every named CPU model, and whether this host can run it. */
+  readonly cpuModels: ReadonlyMap<string, boolean>;
+  readonly diskBuses: readonly string[];
+  /** Whether a TPM can be emulated: swtpm is installed. */
+  readonly tpm: boolean;
+}
+
+/** Throws ImageError on what is no XML. Source: formatdomaincaps.html. */
+export function parseOffer(domainCapabilities: string): MachineOffer {
+  const root = parseXml(domainCapabilities, "the domain capabilities");
+  const [os] = all(root, "os");
+  const [devices] = all(root, "devices");
+  const [vcpu] = all(root, "vcpu");
+  const modes = all(root, "cpu").flatMap((cpu) => all(cpu, "mode"));
   const uefi = values(os, "firmware").includes("efi");
-  const [loader] = os ? all(os, "loader") : [];
-  return { uefi, secureBoot: uefi && values(loader, "secure").includes("yes") };
+  const custom = modes.find(({ attributes }) => attributes.get("name") === "custom");
+  const device = (name: string): XmlElement | undefined => devices && all(devices, name)[0];
+  return {
+    uefi,
+    secureBoot: uefi && values(os && all(os, "loader")[0], "secure").includes("yes"),
+    maxVcpus: Number(vcpu?.attributes.get("max")) || undefined,
+    cpuModes: modes.filter(isSupported).map(({ attributes }) => attributes.get("name") ?? ""),
+    cpuModels: new Map((custom ? all(custom, "model") : []).map(({ text, attributes }) => [text, attributes.get("usable") !== "no"])),
+    diskBuses: values(device("disk"), "bus"),
+    tpm: isSupported(device("tpm")) && values(device("tpm"), "backendModel").includes("emulator"),
+  };
+}
+
+function isSupported(element: XmlElement | undefined): boolean {
+  return element?.attributes.get("supported") === "yes";
 }
 
 function values(parent: XmlElement | undefined, name: string): readonly string[] {

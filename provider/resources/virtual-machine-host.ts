@@ -3,7 +3,7 @@ import { posix } from "node:path";
 import { isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { parseXml } from "../image/xml.ts";
-import { parseDomainTypes, parseFirmwares } from "../libvirt/capabilities.ts";
+import { parseDomainTypes, parseOffer } from "../libvirt/capabilities.ts";
 import type { Libvirt } from "../libvirt/client.ts";
 import { DOMAIN_XML } from "../libvirt/constants.ts";
 import { type ObservedDomain, parseDomain } from "../libvirt/domain.ts";
@@ -297,9 +297,9 @@ async function missingFirmware({ host, inputs }: Facts): Promise<readonly CheckF
 async function askFirmwares(
   libvirt: Libvirt,
   { machine, domainType }: MachineInputs,
-): Promise<ReturnType<typeof parseFirmwares> | undefined> {
+): Promise<ReturnType<typeof parseOffer> | undefined> {
   try {
-    return parseFirmwares(await libvirt.connectGetDomainCapabilities(undefined, "x86_64", machine, domainType));
+    return parseOffer(await libvirt.connectGetDomainCapabilities(undefined, "x86_64", machine, domainType));
   } catch (error) {
     if (error instanceof LibvirtError && error.code === NO_SUPPORT) return undefined;
     throw error;
