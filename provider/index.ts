@@ -2,10 +2,14 @@
  * The only door to the provider: one handler for each resource, under the names by which every state that was ever stored asks for it.
  * Only this file reads the process's environment and arguments. It is loaded by `require`, so nothing below it may await at its top level.
  */
+import { createRequire } from "node:module";
 import { homedir, userInfo } from "node:os";
+import { extname } from "node:path";
 import { Calls, engineGone, parseEngineAddress } from "./engine.ts";
 import type { Hosts } from "./host/hosts.ts";
+import type * as descriptions from "./resources/machine-description.ts";
 import type { Context } from "./resources/resource.ts";
+import type { Toolbox } from "./toolbox.ts";
 import { type Handler, serve } from "./wire.ts";
 
 /** The handler of `pulumi-nodejs:dynamic/virtlift:ImportedDisk`. */
@@ -13,6 +17,20 @@ export const importedDisk: Handler = serve(async () => (await import("./resource
 
 /** The handler of `pulumi-nodejs:dynamic/virtlift:VirtualMachine`. */
 export const virtualMachine: Handler = serve(async () => (await import("./resources/virtual-machine.ts")).virtualMachine, run);
+
+/** Reads the machine in an OVA or OVF of this machine, at once: see `resources/machine-description.ts`. */
+export function describeMachine(path: string): descriptions.MachineDescription {
+  // By require, so that the reader and its packages are loaded by those only who ask for it.
+  const load = createRequire(import.meta.url);
+  const file = `./resources/machine-description${extname(import.meta.filename)}`;
+  return (load(file) as typeof descriptions).describeMachine(path);
+}
+
+/** Answers without an engine, on hosts of the caller's own: see `toolbox.ts`. `config` is the stack's configuration by full key; default: none. */
+export async function openToolbox(config: Context["config"] = () => undefined): Promise<Toolbox> {
+  const { createToolbox } = await import("./toolbox.ts");
+  return createToolbox(await openHosts(), config);
+}
 
 const calls = new Calls();
 let hosts: Promise<Hosts> | undefined;
@@ -30,6 +48,10 @@ async function open(): Promise<Hosts> {
     void engineGone(engine).then(() => shutDown("Pulumi's engine is gone: stopped, and what was copied so far is kept"));
   // The engine interrupts its providers at every end, also a normal one, and kills them 5 s later.
   process.once("SIGINT", () => void shutDown("Pulumi's engine stopped this update"));
+  return openHosts();
+}
+
+async function openHosts(): Promise<Hosts> {
   const { createHosts } = await import("./host/open.ts");
   return createHosts({
     environment: process.env,

@@ -1,0 +1,267 @@
+/**
+ * A machine as its package describes it, in the terms of our own arguments: which disks, what hardware, and what cannot come along.
+ * Reads descriptors only, and at once: what a program declares depends on it.
+ */
+import { closeSync, constants, fstatSync, openSync, readSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
+import { DiskError } from "../errors.ts";
+import { openOva, openOvf, type OvfPackage } from "../image/ova.ts";
+import type { OvfDisk, OvfNic, OvfSystem } from "../image/ovf.ts";
+import { type Answer, type Ask, ImageError, MAX_READ_BYTES, type Parser } from "../image/parser.ts";
+import { quoted } from "../image/words.ts";
+import { fitsXml } from "../libvirt/render.ts";
+
+/** Beyond this many questions an archive leads in circles: it asks one for each member. */
+const MAX_ASKS = 100_000;
+
+/** A disk of the machine. */
+export interface DescribedDisk {
+  /** Its place in the hardware's order, from 0; the machine boots from the first one that has content. */
+  readonly index: number;
+  /** What people call it: `Hard disk 1`. */
+  readonly label: string;
+  /** The file's name within the package; undefined when the disk is blank. */
+  readonly file: string | undefined;
+  /** The disk's size as the guest sees it; undefined when the package does not say, which only disks with a file may do. */
+  readonly sizeBytes: number | undefined;
+}
+
+/** A network interface of the machine. */
+export interface DescribedNetwork {
+  /** What people call it: `Network adapter 1`. */
+  readonly label: string;
+  /** The name of the network that it was connected to. */
+  readonly network: string | undefined;
+  /** `00:50:56:01:02:03`; undefined where a new address is to be made. */
+  readonly mac: string | undefined;
+  readonly model: "virtio" | "e1000e" | "e1000";
+}
+
+/** The hardware, as arguments of `VirtualMachine` of the same names. */
+export interface DescribedHardware {
+  readonly vcpus: number | undefined;
+  readonly memoryMiB: number | undefined;
+  readonly machine: "q35" | "pc";
+  readonly firmware: "bios" | "uefi";
+  readonly secureBoot: boolean;
+  readonly bus: "virtio" | "sata" | "ide";
+  readonly description: string | undefined;
+}
+
+/** A machine that can be made anew. Plain JSON, but for what is undefined: it may be stored, and used when the package is gone. */
+export interface MachineDescription {
+  /** The machine's own name, as people see it. */
+  readonly name: string;
+  readonly hardware: DescribedHardware;
+  readonly disks: readonly DescribedDisk[];
+  readonly networks: readonly DescribedNetwork[];
+  /** What the user should know, one sentence each: above all what does not come along. */
+  readonly notes: readonly string[];
+}
+
+/**
+ * Reads the machine in an OVA, or in an OVF beside its disks.
+ *
+ * Reads at once and at most some MiB: the archive's headers, the descriptor and the manifest.
+ * Throws DiskError: step "source" when a file cannot be read, step "header" when it is no package of one machine, or one that is incomplete.
+ */
+export function describeMachine(path: string): MachineDescription {
+  using folder = new Folder(path);
+  try {
+    const { sizeBytes } = folder.file("");
+    const parser = path.toLowerCase().endsWith(".ovf") ? openOvf(basename(path), sizeBytes) : openOva(sizeBytes);
+    return descriptionOf(drive(parser, folder));
+  } catch (error) {
+    if (!(error instanceof ImageError)) throw error;
+    throw new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error });
+  }
+}
+
+/** Pure: what a package says, in our terms. Throws ImageError when the machine has no disk that it could boot from. */
+export function descriptionOf({ system, disks, notes }: OvfPackage): MachineDescription {
+  if (!disks.some(({ place }) => place !== undefined))
+    throw new ImageError("the machine has no disk with content: there is nothing to boot from");
+  const guest = guestOf(system);
+  const hardware = hardwareOf(system, disks, guest);
+  const networks = system.nics.map((nic) => networkOf(nic, hardware.machine));
+  return {
+    name: system.name || system.id,
+    hardware,
+    disks: disks.map(({ index, name, place, capacityBytes }) => ({ index, label: name, file: place?.name, sizeBytes: capacityBytes })),
+    networks,
+    notes: [...notes, ...losses(system, disks, hardware, guest)],
+  };
+}
+
+/** What kind of guest system it is, as far as our choices depend on it. */
+type GuestKind = "old" | "windows" | "other";
+
+/** Systems from before SATA and PCI Express. Sources: VMware's VirtualMachineGuestOsIdentifier; VirtualBox's OS types; CIM_OperatingSystem.OsType. */
+const OLD_GUESTS = /^(dos|win31|win95|win98|winMe|winNT|win2000|winXP|winNet|win2k|Windows(31|95|98|Me|NT3x|NT4|2000|XP|2003))/i;
+const OLD_CIM_IDS: ReadonlySet<number> = new Set([14, 15, 16, 17, 18, 63, 64, 65, 67, 69, 70, 71]);
+const WINDOWS_GUESTS = /^win/i;
+/** Windows Vista to Server 2012 R2 and on, as CIM numbers them. */
+const WINDOWS_CIM_IDS: ReadonlySet<number> = new Set([73, 74, 75, 76, 77, 103, 104, 105, 112, 113, 114, 115, 116, 117, 118, 119, 120]);
+
+function guestOf({ guest: { vendorId, cimId } }: OvfSystem): GuestKind {
+  if (vendorId === undefined) {
+    if (cimId === undefined) return "other";
+    return OLD_CIM_IDS.has(cimId) ? "old" : WINDOWS_CIM_IDS.has(cimId) ? "windows" : "other";
+  }
+  return OLD_GUESTS.test(vendorId) ? "old" : WINDOWS_GUESTS.test(vendorId) ? "windows" : "other";
+}
+
+/** Disks hang on what the guest has a driver for: virtio only where they did before. */
+function hardwareOf(system: OvfSystem, disks: readonly OvfDisk[], guest: GuestKind): DescribedHardware {
+  const boot = disks.find(({ file }) => file !== undefined)?.controller;
+  const isVirtio = boot?.bus === "virtio" || /^virtio/i.test(boot?.model ?? "");
+  const isOld = guest === "old" && system.firmware === "bios";
+  const description = system.annotation?.trim();
+  return {
+    vcpus: system.cpus,
+    memoryMiB: system.memoryMiB,
+    machine: isOld ? "pc" : "q35",
+    firmware: system.firmware === "efi" ? "uefi" : "bios",
+    secureBoot: system.secureBoot,
+    bus: isVirtio ? "virtio" : isOld && boot?.bus === "ide" ? "ide" : "sata",
+    description: description === undefined || description === "" || !fitsXml(description) ? undefined : description,
+  };
+}
+
+function networkOf({ name, network, mac, model = "" }: OvfNic, machine: "q35" | "pc"): DescribedNetwork {
+  const isVirtio = /^virtio/i.test(model);
+  // What knew a card from before PCI Express may know no other; a pc machine has no slot for one.
+  const isOld = machine === "pc" || /^(e1000(?!e)|pcnet|am79|vlance|flexible)/i.test(model);
+  return {
+    label: name,
+    network,
+    mac: mac !== undefined && isUnicast(mac) ? mac : undefined,
+    model: isVirtio ? "virtio" : isOld ? "e1000" : "e1000e",
+  };
+}
+
+/** The lowest bit of an address's first byte marks a group. */
+function isUnicast(mac: string): boolean {
+  return (Number.parseInt(mac.slice(0, 2), 16) & 1) === 0 && mac !== "00:00:00:00:00:00";
+}
+
+/** One sentence for everything that the machine had and will not have. */
+function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: DescribedHardware, guest: GuestKind): readonly string[] {
+  const said: string[] = [];
+  const boot = disks.find(({ file }) => file !== undefined);
+  if (disks[0] !== boot) said.push(`its first disk, ${quoted(disks[0]?.name ?? "")}, is blank; it boots from ${quoted(boot?.name ?? "")}`);
+  if (system.coresPerSocket !== undefined && system.coresPerSocket > 1)
+    said.push(
+      `it had ${system.coresPerSocket} cores per socket; its processors now are a socket each, which licences counted by sockets may notice`,
+    );
+  if (guest === "windows" && hardware.bus === "sata" && boot?.controller?.bus === "scsi")
+    said.push(
+      "Windows started from SCSI and now finds its disk on SATA: enable its driver storahci before the export, or convert the disk first (virt-v2v)",
+    );
+  if (system.firmware === "efi") said.push("its UEFI variables do not come along: it boots by the fallback path of its EFI partition");
+  if (system.hasVtpm) said.push("its TPM does not come along: keys that only the TPM held are lost (have BitLocker's recovery key ready)");
+  for (const nic of system.nics) {
+    if (!nic.connected) said.push(`${quoted(nic.name)} had its cable out; here it is plugged in`);
+    if (nic.mac !== undefined && !isUnicast(nic.mac))
+      said.push(`the MAC address ${nic.mac} of ${quoted(nic.name)} is no machine's: a new one is made`);
+  }
+  for (const { name, file } of system.cdroms)
+    if (file !== undefined)
+      said.push(`the CD-ROM ${quoted(name)} with ${quoted(file.href)} does not come along: add it to \`disks\` where the guest needs it`);
+  if (system.cdroms.some(({ file }) => file === undefined)) said.push("its empty CD-ROM drive does not come along");
+  if (system.floppies.length > 0) said.push("its floppy drive does not come along");
+  if (system.nestedVirtualization)
+    said.push('it ran virtual machines itself: it still can where its `cpu` is "host-passthrough" and the host allows it');
+  if (system.cpuHotAdd || system.memoryHotAdd) said.push("processors and memory cannot be added while it runs");
+  if (system.properties.some(({ value }) => value !== undefined && value !== "") && system.transports.length > 0)
+    said.push(`its vApp properties (by ${system.transports.join(", ")}) do not reach the guest`);
+  for (const other of system.others) said.push(`${other} does not come along`);
+  return said;
+}
+
+/** Runs a parser on files of this machine. Throws what it throws, DiskError when a file cannot be read. */
+function drive<T>(parser: Parser<T>, folder: Folder): T {
+  let asks = 0;
+  for (let step = parser.next(); ; step = parser.next(answerTo(step.value, folder))) {
+    if (step.done) return step.value;
+    if (++asks > MAX_ASKS) throw new ImageError("the archive leads in circles");
+  }
+}
+
+function answerTo(ask: Ask, folder: Folder): Answer {
+  if (ask.kind === "size") return folder.find(ask.file)?.sizeBytes;
+  if (ask.length > MAX_READ_BYTES) throw new ImageError(`it asks for ${ask.length} bytes at once`);
+  return folder.file(ask.file).read(ask.offset, ask.length);
+}
+
+interface OpenFile {
+  readonly descriptor: number;
+  readonly sizeBytes: number;
+  read(offset: number, length: number): Uint8Array;
+}
+
+/** The package's files, each opened once: the package itself under "", the others by their plain names beside it. */
+class Folder implements Disposable {
+  readonly #path: string;
+  readonly #open = new Map<string, OpenFile | undefined>();
+
+  constructor(path: string) {
+    this.#path = path;
+  }
+
+  /** Undefined when there is no such file. Throws ImageError on a name with a path. */
+  find(name: string): OpenFile | undefined {
+    if (name.includes("/") || name === "." || name === ".." || name.includes("\0"))
+      throw new ImageError(`it refers to ${quoted(name)}: only files beside it are read`);
+    const known = this.#open.get(name);
+    if (known !== undefined || this.#open.has(name)) return known;
+    const opened = openFile(name === "" ? this.#path : join(dirname(this.#path), name), name === "");
+    this.#open.set(name, opened);
+    return opened;
+  }
+
+  file(name: string): OpenFile {
+    const path = name === "" ? this.#path : join(dirname(this.#path), name);
+    return this.find(name) ?? raise(new DiskError(`there is no file ${path}`, { step: "source", path }));
+  }
+
+  [Symbol.dispose](): void {
+    for (const file of this.#open.values()) if (file !== undefined) closeSync(file.descriptor);
+    this.#open.clear();
+  }
+}
+
+function openFile(path: string, isPackage: boolean): OpenFile | undefined {
+  let descriptor: number;
+  try {
+    // A link beside the package could lead anywhere; O_NONBLOCK keeps a FIFO from hanging the open.
+    descriptor = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK | (isPackage ? 0 : constants.O_NOFOLLOW));
+  } catch (error) {
+    if (error instanceof Error && "code" in error && error.code === "ENOENT") return undefined;
+    const reason = error instanceof Error ? error.message : String(error);
+    throw new DiskError(`cannot read ${path}: ${reason}`, { step: "source", path, cause: error });
+  }
+  const stat = fstatSync(descriptor);
+  if (!stat.isFile()) {
+    closeSync(descriptor);
+    throw new DiskError(`${path} is not a regular file`, { step: "source", path });
+  }
+  return {
+    descriptor,
+    sizeBytes: stat.size,
+    read(offset, length) {
+      const buffer = new Uint8Array(Math.max(0, Math.min(length, stat.size - offset)));
+      let filled = 0;
+      while (filled < buffer.length) {
+        const count = readSync(descriptor, buffer, filled, buffer.length - filled, offset + filled);
+        if (count === 0) break;
+        filled += count;
+      }
+      return buffer.subarray(0, filled);
+    },
+  };
+}
+
+function raise(error: Error): never {
+  throw error;
+}

@@ -1,0 +1,213 @@
+/** A machine from its package, whole: reads an OVA or an OVF and declares the disks and the machine that it describes. */
+import * as pulumi from "@pulumi/pulumi";
+import type { DescribedDisk, DescribedNetwork, MachineDescription } from "../provider/resources/machine-description.ts";
+import { ImportedDisk, type ImportedDiskArgs } from "./imported-disk.ts";
+import { loadProvider } from "./provider.ts";
+import { type Host, type Later, originOf, withSecrets } from "./values.ts";
+import { VirtualMachine, type VirtualMachineArgs } from "./virtual-machine.ts";
+
+const TYPE = "virtlift:MigratedMachine";
+
+/** What takes the place of one of the machine's networks: a libvirt network's name, or an interface as `VirtualMachine` takes it. `false` leaves the interface out. */
+export type NetworkTarget = string | NonNullable<VirtualMachineArgsNetworks>[number] | false;
+type VirtualMachineArgsNetworks = Extract<VirtualMachineArgs["networks"], readonly unknown[]>;
+
+/** What may be said of a disk, over what the package says. `false` leaves the disk out. */
+export type DiskOverride = Omit<ImportedDiskArgs, "source" | "host"> | false;
+
+/**
+ * Values by what they are for. Keys of `disks` and `pools`: a disk's file name, its label (`Hard disk 1`) or its number from 0; of `networks`: a network's
+ * name, or the interface's label. `*` stands for all that have no key of their own.
+ */
+type ByName<Value> = Readonly<Record<string, Value>>;
+
+/** Which machine to bring home, and what to make of it. */
+export interface MigratedMachineArgs {
+  /** Path of an OVA, or of an OVF beside its disks, on the machine that runs Pulumi. Relative to the program's folder. Not an output: what is declared depends on it. */
+  readonly source: { readonly ova: string };
+  /** The host that gets the machine: a libvirt URI, or an object with what a URI cannot say. Default: the stack's configuration `virtlift:host`. */
+  readonly host?: Later<Host>;
+  /** The machine's name in libvirt. Default: the logical name. */
+  readonly name?: pulumi.Input<string>;
+  /** What the machine's networks become. Default: `{ "*": "default" }`. A network without an entry is refused. */
+  readonly networks?: ByName<NetworkTarget>;
+  /** The pool of each disk. Default: `{ "*": "default" }`; a disk without an entry goes to `default`. */
+  readonly pools?: ByName<pulumi.Input<string>>;
+  /** Arguments of disks, over what the package says. */
+  readonly disks?: ByName<DiskOverride>;
+  /** Arguments of the machine, over what the package says: `{ memoryMiB: 8192, bus: "virtio" }`. */
+  readonly machine?: Omit<VirtualMachineArgs, "host" | "name" | "importedDisk" | "image">;
+  /** The user's own name for this migration. */
+  readonly migrationRef?: pulumi.Input<string>;
+  /** What `describeMachine` said of the package: then it is not read again, and may be gone once its disks are imported. Default: it is read. */
+  readonly description?: MachineDescription;
+}
+
+/**
+ * A machine as its package describes it: processors, memory, firmware, disks in the hardware's order, blank disks, network interfaces with their addresses.
+ * What cannot come along is said in log lines. Throws Error when the package cannot be read, or a map names nothing that it holds.
+ */
+export class MigratedMachine extends pulumi.ComponentResource {
+  /** The machine over its disks. */
+  readonly machine: VirtualMachine;
+  /** The imported disks in the hardware's order, the boot disk first. Blank disks are the machine's own. */
+  readonly disks: readonly ImportedDisk[];
+  /** What the package says. */
+  readonly description: MachineDescription;
+
+  constructor(name: string, args: MigratedMachineArgs, options?: pulumi.ComponentResourceOptions) {
+    super(TYPE, name, {}, options);
+    const description = args.description ?? loadProvider().describeMachine(args.source.ova);
+    this.description = description;
+    // Without an engine, as in a test with mocks, nobody reads them.
+    if (pulumi.runtime.hasEngine()) for (const note of description.notes) void pulumi.log.info(`${name}: ${note}`, this);
+
+    const plan = planMachine(name, args, description);
+    const isChecked = this.#check(name, args, plan);
+    const imported = plan.disks.flatMap(({ disk, logicalName, args: own }) => {
+      if (disk.file === undefined) return [];
+      const declared = { ...own, source: { ova: args.source.ova, disk: disk.index }, ...hostOf(args) };
+      return [new ImportedDisk(logicalName, declared, { parent: this, dependsOn: isChecked })];
+    });
+    this.disks = imported;
+    const [boot, ...further] = imported;
+    if (boot === undefined)
+      throw new Error(`${name}: every disk with content is left out, and a machine boots from one: keep it in \`disks\``);
+    this.machine = new VirtualMachine(
+      name,
+      {
+        ...plan.machine,
+        ...hostOf(args),
+        importedDisk: boot,
+        disks: [...further.map((disk) => ({ disk })), ...plan.blanks, ...plan.given],
+      },
+      { parent: this },
+    );
+    this.registerOutputs({ machine: this.machine.name, uuid: this.machine.uuid });
+  }
+
+  /**
+   * Resolves to no resources once the machine may be made on its host, and rejects with everything that is wrong else: its disks wait for it, so that
+   * nothing is copied for a machine that cannot be. In preview, and without an engine, the engine's own order does.
+   */
+  #check(name: string, args: MigratedMachineArgs, plan: MachinePlan): pulumi.Output<pulumi.Resource[]> {
+    if (pulumi.runtime.isDryRun() || !pulumi.runtime.hasEngine()) return pulumi.output([]);
+    const config = new pulumi.Config("virtlift");
+    const inputs = {
+      ...plan.machine,
+      host: withSecrets(args.host) ?? config.get("host"),
+      // The disk's real name is made by its own check; no machine can use one that is not there yet.
+      importedDisk: { diskId: `${name}-unchecked` },
+      disks: [...plan.blanks, ...plan.given],
+      origin: originOf(name),
+    };
+    return pulumi.unsecret(pulumi.output(inputs as pulumi.Unwrap<typeof inputs>)).apply(async (known) => {
+      await using tools = await loadProvider().openToolbox((key) => config.get(key.replace(/^virtlift:/, "")));
+      const findings = await tools.checkMachine(known);
+      if (findings.length > 0) throw new pulumi.RunError(`${name} cannot be made, so none of its disks is copied: ${findings.join("; ")}`);
+      return [];
+    });
+  }
+}
+
+function hostOf({ host }: MigratedMachineArgs): { readonly host?: Later<Host> } {
+  return host === undefined ? {} : { host };
+}
+
+interface MachinePlan {
+  /** The disks that come along. */
+  readonly disks: readonly {
+    readonly disk: DescribedDisk;
+    readonly logicalName: string;
+    readonly args: Omit<ImportedDiskArgs, "source" | "host">;
+  }[];
+  readonly blanks: VirtualMachineDisks;
+  /** Further disks of the program's own. */
+  readonly given: VirtualMachineDisks;
+  readonly machine: Omit<VirtualMachineArgs, "host" | "importedDisk" | "image" | "disks">;
+}
+type VirtualMachineDisks = Extract<VirtualMachineArgs["disks"], readonly unknown[]>;
+
+/** The arguments of the disks and of the machine. Throws Error when a map has no entry that is needed, or one for nothing. */
+function planMachine(name: string, args: MigratedMachineArgs, description: MachineDescription): MachinePlan {
+  const networks = new NamedValues<NetworkTarget>(name, "networks", args.networks ?? { "*": "default" });
+  const pools = new NamedValues<pulumi.Input<string>>(name, "pools", args.pools ?? {});
+  const overrides = new NamedValues<DiskOverride>(name, "disks", args.disks ?? {});
+  const { disks: given = [], ...machine } = args.machine ?? {};
+  if (!Array.isArray(given)) throw new Error(`${name}: machine.disks must be a plain list: what is declared depends on it`);
+
+  const kept = description.disks.flatMap((disk): MachinePlan["disks"] => {
+    const keys = [disk.file, disk.label, String(disk.index)];
+    const pool = pools.find(keys) ?? "default";
+    const override = overrides.find(keys) ?? {};
+    return override === false
+      ? []
+      : [{ disk, logicalName: `${name}-disk${disk.index}`, args: { pool, ...migrationOf(args), ...override } }];
+  });
+  const blanks = kept.flatMap(({ disk: { file, sizeBytes, index }, args: { pool } }): VirtualMachineDisks =>
+    file === undefined && sizeBytes !== undefined ? [{ size: sizeBytes, name: `disk${index}`, pool: pool as pulumi.Input<string> }] : [],
+  );
+  const interfaces = description.networks.flatMap((network) => {
+    const target = networks.find([network.network, network.label]);
+    if (target === undefined) throw new Error(unmapped(name, network, description));
+    return target === false ? [] : [interfaceOf(network, target)];
+  });
+  for (const values of [networks, pools, overrides]) values.assertUsed();
+  return {
+    disks: kept,
+    blanks,
+    given: given as VirtualMachineDisks,
+    machine: { ...present(description.hardware), networks: interfaces, ...(args.name !== undefined && { name: args.name }), ...machine },
+  };
+}
+
+function migrationOf({ migrationRef }: MigratedMachineArgs): { readonly migrationRef?: pulumi.Input<string> } {
+  return migrationRef === undefined ? {} : { migrationRef };
+}
+
+function interfaceOf({ mac, model }: DescribedNetwork, target: Exclude<NetworkTarget, false>) {
+  const own = typeof target === "string" ? { network: target } : target;
+  return { model, ...(mac !== undefined && { mac }), ...(own as object) };
+}
+
+function unmapped(name: string, { network, label }: DescribedNetwork, { networks }: MachineDescription): string {
+  const names = [...new Set(networks.map((each) => each.network ?? each.label))].map((each) => JSON.stringify(each)).join(", ");
+  return `${name}: networks says nothing of ${JSON.stringify(network ?? label)}: give it a libvirt network, or all of them by "*" (the machine has ${names})`;
+}
+
+/** What is there of a value's fields. */
+function present<Value extends object>(value: Value): { [Key in keyof Value]?: Exclude<Value[Key], undefined> } {
+  return Object.fromEntries(Object.entries(value).filter(([, each]) => each !== undefined)) as {
+    [Key in keyof Value]?: Exclude<Value[Key], undefined>;
+  };
+}
+
+/** A map by names, which remembers what was asked for: an entry that nobody asks for is a typo. */
+class NamedValues<Value> {
+  readonly #machine: string;
+  readonly #property: string;
+  readonly #values: ByName<Value>;
+  readonly #known = new Set<string>(["*"]);
+
+  constructor(machine: string, property: string, values: ByName<Value>) {
+    this.#machine = machine;
+    this.#property = property;
+    this.#values = values;
+  }
+
+  /** The value under the first key that has one, else that for all. */
+  find(keys: readonly (string | undefined)[]): Value | undefined {
+    const named = keys.filter((key) => key !== undefined);
+    for (const key of named) this.#known.add(key);
+    const found = named.find((key) => Object.hasOwn(this.#values, key)) ?? "*";
+    return Object.hasOwn(this.#values, found) ? this.#values[found] : undefined;
+  }
+
+  /** Throws Error naming the keys that are for nothing. */
+  assertUsed(): void {
+    const unused = Object.keys(this.#values).filter((key) => !this.#known.has(key));
+    if (unused.length === 0) return;
+    const known = [...this.#known].map((key) => JSON.stringify(key)).join(", ");
+    throw new Error(`${this.#machine}: ${this.#property} names ${unused.join(", ")}, which the machine does not have: it has ${known}`);
+  }
+}

@@ -1,0 +1,114 @@
+import { copyFile, truncate, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { MigratedMachine } from "../../sdk/migrated-machine.ts";
+import { openDirectory } from "../bed/directory.ts";
+import { recordRegistrations, settled } from "./pulumi-mocks.ts";
+
+const registered = await recordRegistrations({ diskId: "an-id", path: "/pool/a.qcow2" });
+const NETWORKS = { "VM Network": "default", "DPG-Storage & Backup": { bridge: "br1" } } as const;
+
+/** A copy of a recorded export, its disk files of the declared sizes but empty. */
+async function openExport(name: string, files: Readonly<Record<string, number>>) {
+  await using stack = new AsyncDisposableStack();
+  const { path: directory } = stack.use(await openDirectory("export"));
+  const ova = join(directory, `${name}.ovf`);
+  await copyFile(join(import.meta.dirname, `../fixtures/ovf/${name}.ovf`), ova);
+  for (const [file, sizeBytes] of Object.entries(files)) {
+    await writeFile(join(directory, file), "");
+    await truncate(join(directory, file), sizeBytes);
+  }
+  const held = stack.move();
+  return { ova, [Symbol.asyncDispose]: () => held.disposeAsync() };
+}
+
+const openVmware = () => openExport("vmware", { "app01-1.vmdk": 1_048_576, "app01-2.vmdk": 524_288 });
+
+function inputsOf(name: string): Readonly<Record<string, unknown>> {
+  const found = registered.find((each) => each.name === name);
+  if (found === undefined) throw new Error(`${name} was not registered`);
+  return found.inputs;
+}
+
+test("declares the disks in the hardware's order and the machine over them, with all that the package says", async () => {
+  await using exported = await openVmware();
+  const machine = new MigratedMachine("app", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
+  await settled(machine.machine.urn);
+  expect(inputsOf("app-disk0")).toMatchObject({ source: { ova: exported.ova, disk: 0 }, host: "test:///default", pool: "default" });
+  expect(machine.disks).toHaveLength(2);
+  expect(registered.find(({ name, type }) => name === "app" && type.endsWith("VirtualMachine"))?.inputs).toMatchObject({
+    vcpus: 4,
+    memoryMiB: 8192,
+    machine: "q35",
+    firmware: "uefi",
+    secureBoot: true,
+    bus: "sata",
+    importedDisk: { diskId: "an-id" },
+    disks: [{ disk: { diskId: "an-id" } }, { size: expect.any(Number) as number, name: "disk2", pool: "default" }],
+    networks: [
+      { network: "default", model: "e1000e" },
+      { bridge: "br1", model: "e1000e" },
+    ],
+  });
+});
+
+test("says what cannot come along", async () => {
+  await using exported = await openVmware();
+  const { description } = new MigratedMachine("said", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
+  expect(description.notes.join("\n")).toContain("its TPM does not come along");
+  expect(description.notes.join("\n")).toContain("its UEFI variables do not come along");
+  expect(description.notes.join("\n")).toContain("2 cores per socket");
+});
+
+test("lets the program override any part, leave disks and interfaces out, and choose pools by the disk", async () => {
+  await using exported = await openVmware();
+  const machine = new MigratedMachine("other", {
+    source: { ova: exported.ova },
+    host: "test:///default",
+    name: "other-name",
+    networks: { "VM Network": { network: "default", mac: "52:54:00:00:00:01" }, "*": false },
+    pools: { "app01-2.vmdk": "fast", "*": "slow" },
+    disks: { "2": false, "*": { layout: "compressed" } },
+    machine: { memoryMiB: 512, bus: "virtio", disks: [{ size: "1GiB", name: "scratch" }] },
+    migrationRef: "wave-1",
+  });
+  await settled(machine.machine.urn);
+  expect(new Set(["other-disk0", "other-disk1"].map((name) => inputsOf(name)["pool"]))).toEqual(new Set(["fast", "slow"]));
+  expect(inputsOf("other-disk0")).toMatchObject({ layout: "compressed", migrationRef: "wave-1" });
+  expect(registered.find(({ name, type }) => name === "other" && type.endsWith("VirtualMachine"))?.inputs).toMatchObject({
+    name: "other-name",
+    memoryMiB: 512,
+    bus: "virtio",
+    vcpus: 4,
+    disks: [{ disk: { diskId: "an-id" } }, { size: "1GiB", name: "scratch" }],
+    networks: [{ network: "default", mac: "52:54:00:00:00:01" }],
+  });
+});
+
+test("refuses a network without a target, and an entry for what the machine does not have", async () => {
+  await using exported = await openVmware();
+  const declare = (name: string, rest: object) => () =>
+    new MigratedMachine(name, { source: { ova: exported.ova }, host: "test:///default", ...rest });
+  expect(declare("unmapped", { networks: { "VM Network": "default" } })).toThrow(
+    'unmapped: networks says nothing of "DPG-Storage & Backup": give it a libvirt network, or all of them by "*" (the machine has "VM Network", "DPG-Storage & Backup")',
+  );
+  expect(declare("typo", { pools: { "app1.vmdk": "fast" } })).toThrow("typo: pools names app1.vmdk, which the machine does not have");
+});
+
+test("takes a stored description for a package that is gone", async () => {
+  await using exported = await openVmware();
+  const { description } = new MigratedMachine("first", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
+  const stored = JSON.parse(JSON.stringify(description)) as typeof description;
+  const again = new MigratedMachine("again", {
+    source: { ova: "/gone.ova" },
+    host: "test:///default",
+    networks: NETWORKS,
+    description: stored,
+  });
+  await settled(again.machine.urn);
+  expect(inputsOf("again-disk1")).toMatchObject({ source: { ova: "/gone.ova", disk: 1 } });
+});
+
+test("says in one sentence what is wrong with a package", () => {
+  expect(() => new MigratedMachine("gone", { source: { ova: "/there/is/none.ova" } })).toThrow("there is no file /there/is/none.ova");
+});
