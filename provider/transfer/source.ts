@@ -5,8 +5,8 @@ import { basename, dirname, join } from "node:path";
 import { DiskError } from "../errors.ts";
 import type { DiskImage, ImageFormat, RunList } from "../image/image.ts";
 import { openImage } from "../image/open.ts";
-import { type Digest, type Manifest, parseDigest } from "../image/manifest.ts";
-import { openOva, openOvf, selectDisk } from "../image/ova.ts";
+import { type Digest, parseDigest } from "../image/manifest.ts";
+import { openOva, openOvf, type OvfPackage, type PackagedDisk, selectDisk } from "../image/ova.ts";
 import { ImageError, MAX_READ_BYTES, type Answer, type Ask, type Parser } from "../image/parser.ts";
 
 /** Blocks that the parsers' many small reads are answered from. */
@@ -42,6 +42,8 @@ export interface OpenSource extends AsyncDisposable {
   readonly image: DiskImage;
   /** The files of `image.files`, in the same order. */
   readonly files: readonly SourceFile[];
+  /** The machine that the disk was packed with, and which of its disks it is; undefined outside of an OVA or OVF. */
+  readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
   /** Sentences for the user: what the parsers noted, and whether a digest vouches for the source. */
   readonly notes: readonly string[];
   /** Reads the image's tables: what lies where in the files. Throws DiskError (step "header") when they are refused. */
@@ -80,14 +82,14 @@ async function parse(
   path: string,
   options: { readonly checksum?: string | undefined; readonly format?: ImageFormat },
 ): Promise<OpenSource> {
-  const { resolve, digests, notes } = "ova" in spec ? await unpack(folder, spec.ova, spec.disk) : plain(folder);
+  const { resolve, packed, notes } = "ova" in spec ? await unpack(folder, spec.ova, spec.disk) : plain(folder);
   const disk = await resolve("");
   const image = await drive(openImage({ sizeBytes: disk.sizeBytes, ...(options.format && { format: options.format }) }), resolve);
   const declared = options.checksum === undefined ? undefined : parseDigest(options.checksum);
   const files: SourceFile[] = [];
   for (const { name } of image.files) {
     const file = await resolve(name);
-    const expected = (name === "" ? declared : undefined) ?? digests?.get(file.name);
+    const expected = (name === "" ? declared : undefined) ?? packed?.package.manifest?.get(file.name);
     const { sizeBytes, allocatedBytes } = file;
     files.push({ name: file.name, sizeBytes, allocatedBytes, expected, read: (offset, length) => file.read(offset, length) });
   }
@@ -96,6 +98,7 @@ async function parse(
     path,
     image,
     files,
+    packed,
     notes: [
       ...notes,
       ...image.notes,
@@ -118,13 +121,12 @@ type Resolve = (name: string) => Promise<Range>;
 
 interface Unpacked {
   readonly resolve: Resolve;
-  /** What a manifest says of the files, by name. */
-  readonly digests: Manifest | undefined;
+  readonly packed: OpenSource["packed"];
   readonly notes: readonly string[];
 }
 
 function plain(folder: Folder): Unpacked {
-  return { resolve: (name) => folder.file(name), digests: undefined, notes: [] };
+  return { resolve: (name) => folder.file(name), packed: undefined, notes: [] };
 }
 
 /** A disk of a machine in an OVA, or in an OVF beside its files. */
@@ -132,12 +134,13 @@ async function unpack(folder: Folder, path: string, wanted: string | number | un
   const { sizeBytes } = await folder.file("");
   const isDescriptor = path.toLowerCase().endsWith(".ovf");
   const machine = await drive(isDescriptor ? openOvf(basename(path), sizeBytes) : openOva(sizeBytes), (name) => folder.file(name));
-  const { place } = selectDisk(machine.disks, wanted);
+  const disk = selectDisk(machine.disks, wanted);
+  const { place } = disk;
   const resolve: Resolve = async (name) => {
     if (name === "" || name === place.name) return (await folder.file(place.file)).slice(place.name, place.offset, place.sizeBytes);
     throw new ImageError(`${place.name} is only a part of a disk: a package holds each disk in one file`);
   };
-  return { resolve, digests: machine.manifest, notes: machine.notes };
+  return { resolve, packed: { package: machine, disk }, notes: machine.notes };
 }
 
 /**
