@@ -1,5 +1,5 @@
 /** The pipeline of an import: a source's files in one forward pass, through the format's map, into a volume on a host. */
-import { createHash, type Hash } from "node:crypto";
+import { createHash, type Hash, randomUUID } from "node:crypto";
 import { promisify } from "node:util";
 import { inflate, inflateRaw, deflateRaw, zstdDecompress } from "node:zlib";
 import { DiskError } from "../errors.ts";
@@ -8,8 +8,10 @@ import { ImageError } from "../image/parser.ts";
 import type { Run, RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { zstdFrameLength } from "../image/zstd.ts";
-import { openPartFile, type PartFile } from "./part-file.ts";
+import { openPartFile } from "./part-file.ts";
+import type { Part } from "./part.ts";
 import type { OpenSource, SourceFile } from "./source.ts";
+import { openUpload } from "./upload.ts";
 
 const READ_BYTES = 4 * 1024 * 1024;
 
@@ -36,6 +38,8 @@ export interface ImportOptions {
   /** What is kept in the volume (qcow2) or beside it (raw), given what is known at the end. Plain JSON, at most 8 KiB. */
   readonly stamp: (digests: { readonly sourceDigest: string; readonly contentDigest: string; readonly importedAt: number }) => object;
   readonly signal: AbortSignal;
+  /** Write a volume of this pool through libvirt's upload stream. Default: a part file, written by a program on the host. */
+  readonly upload?: { readonly pool: string; readonly isBlock: boolean; readonly patienceMs?: number } | undefined;
   /** Called after every read of the source. */
   readonly onProgress: (doneBytes: number, totalBytes: number) => void;
 }
@@ -51,6 +55,8 @@ export interface ImportResult {
   readonly keptBytes: number;
   /** Seconds since 1970: the volume's modification time, as long as nobody writes to it. */
   readonly importedAt: number;
+  /** As libvirt prints it, where the modification time could not be set. */
+  readonly modifiedAt: string | undefined;
 }
 
 /**
@@ -58,7 +64,11 @@ export interface ImportResult {
  * After a cut (client, wire or host) the part stays and the next run goes on with it; after any other failure it is removed.
  */
 export async function importDisk(host: Host, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
-  const part = await openPartFile(host, options);
+  const { upload } = options;
+  const writer = randomUUID();
+  const open = (): Promise<Part> =>
+    upload === undefined ? openPartFile(host, options) : openUpload(host, { ...options, ...upload, writer });
+  const part = await open();
   try {
     return await fill(part, source, options);
   } catch (error) {
@@ -68,25 +78,25 @@ export async function importDisk(host: Host, source: OpenSource, options: Import
         ? new DiskError(`${source.path}: ${error.message}`, { step: "source", path: source.path, cause: error })
         : error;
     // A part that can never become this disk, or that fills the host's file system, helps nobody.
-    if (failure instanceof DiskError) await discard(host, part, options);
+    if (failure instanceof DiskError) await discard(part, open);
     throw failure;
   } finally {
     await part[Symbol.asyncDispose]();
   }
 }
 
-/** Removes a part whose receiver may have hung up. What cannot be removed stays in the work folder and is found by the next run. */
-async function discard(host: Host, part: PartFile, options: ImportOptions): Promise<void> {
+/** Removes a part whose other end may have hung up. What cannot be removed stays in the work folder and is found by the next run. */
+async function discard(part: Part, open: () => Promise<Part>): Promise<void> {
   await part[Symbol.asyncDispose]();
   try {
-    await using again = await openPartFile(host, options);
+    await using again = await open();
     await again.discard();
   } catch {
     // The failure that led here is the one to tell.
   }
 }
 
-async function fill(part: PartFile, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
+async function fill(part: Part, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
   await part.resume();
   const runs = await source.runs();
   const target = options.format === "qcow2" ? qcow2Target(part, source.image.granularityBytes, runs, options) : rawTarget(part, options);
@@ -95,8 +105,8 @@ async function fill(part: PartFile, source: OpenSource, options: ImportOptions):
   await source.assertUnchanged();
   const importedAt = Math.floor(Date.now() / 1000);
   await target.seal(Buffer.from(JSON.stringify(options.stamp({ sourceDigest, contentDigest, importedAt }))));
-  const { allocatedBytes } = await part.publish(importedAt);
-  return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt };
+  const { allocatedBytes, modifiedAt } = await part.publish(importedAt);
+  return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt, modifiedAt };
 }
 
 /** Where guest data goes. */
@@ -112,7 +122,7 @@ interface Target {
   seal(stamp: Uint8Array): Promise<void>;
 }
 
-function qcow2Target(part: PartFile, granularityBytes: number, runs: RunList, options: ImportOptions): Target {
+function qcow2Target(part: Part, granularityBytes: number, runs: RunList, options: ImportOptions): Target {
   const clusterBytes = chooseClusterBytes(runs, granularityBytes);
   const writer = new Qcow2Writer({ virtualSizeBytes: options.capacityBytes, clusterBytes, layout: options.layout, pieces: runs });
   const hash = createHash("sha256");
@@ -144,7 +154,7 @@ function qcow2Target(part: PartFile, granularityBytes: number, runs: RunList, op
   };
 }
 
-function rawTarget(part: PartFile, options: ImportOptions): Target {
+function rawTarget(part: Part, options: ImportOptions): Target {
   return {
     deflates: false,
     clusterBytes: RAW_BLOCK_BYTES,

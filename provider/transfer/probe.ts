@@ -1,5 +1,6 @@
 /** What the host's file system says before and after an import: one command, which only reads. */
 import { posix } from "node:path";
+import { CommandError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { readStamp } from "../image/qcow2.ts";
 import { ImageError, type Parser } from "../image/parser.ts";
@@ -11,8 +12,10 @@ const HEAD_BYTES = 64 * 1024;
 
 const PROBE = `
 folder=$1 final=$2 id=$3 tools=$4
+echo 'shell yes'
 for tool in $tools; do command -v "$tool" >/dev/null 2>&1 || printf 'missing %s\\n' "$tool"; done
 if [ ! -d "$folder" ]; then echo 'folder none'; elif [ -w "$folder" ] && [ -x "$folder" ]; then echo 'folder writable'; else echo 'folder refused'; fi
+[ "$(stat -c %d -- "$folder" 2>/dev/null)" = "$(stat -c %d -- "$folder/.." 2>/dev/null)" ] || echo 'mount yes'
 printf 'user %s\\n' "$(id -un)"
 printf 'free %s\\n' "$(df --output=avail -B1 -- "$folder" 2>/dev/null | tail -n 1)"
 if [ -e "$final" ] || [ -L "$final" ]; then
@@ -34,6 +37,8 @@ export interface Probe {
   /** Tools that the receiver needs and the host lacks. */
   readonly missingTools: readonly string[];
   readonly folder: "none" | "writable" | "refused";
+  /** Whether another file system begins at the folder. */
+  readonly isMountPoint: boolean;
   /** Who writes there. */
   readonly user: string;
   /** Bytes that the user may still write; undefined when the host's df does not say. */
@@ -52,7 +57,7 @@ export interface VolumeFile {
   readonly allocatedBytes: number;
 }
 
-/** Looks at the place of a volume on the host. `id` is the import's. Changes nothing. Throws ConnectionError or CommandError. */
+/** Looks at the place of a volume on the host. `id` is the import's. Changes nothing. Throws ConnectionError, or CommandError where there is no shell. */
 export async function probe(host: Host, finalPath: string, id: string): Promise<Probe> {
   const folder = posix.dirname(finalPath);
   const { stdout } = await host.run(["sh", "-c", PROBE, "virtlift", folder, finalPath, id, RECEIVER_TOOLS.join(" ")]);
@@ -60,9 +65,13 @@ export async function probe(host: Host, finalPath: string, id: string): Promise<
   const values = (key: string) => lines.filter((line) => line.startsWith(`${key} `)).map((line) => line.slice(key.length + 1).trim());
   const value = (key: string) => values(key)[0];
   const free = Number.parseInt(value("free") ?? "", 10);
+  if (value("shell") === undefined) {
+    throw new CommandError(`${host.label} runs another command than the one that it is given`, { argv: ["sh"], stderrTail: "" });
+  }
   return {
     missingTools: values("missing"),
     folder: value("folder") === "writable" ? "writable" : value("folder") === "refused" ? "refused" : "none",
+    isMountPoint: value("mount") !== undefined,
     user: value("user") ?? "?",
     freeBytes: Number.isNaN(free) ? undefined : free,
     partBytes: Number(value("part") ?? 0),
@@ -78,7 +87,7 @@ async function volumeFile(
 ): Promise<VolumeFile | undefined> {
   const [inode, modified, blocks] = stat?.split(" ") ?? [];
   if (inode === undefined || modified === undefined) return undefined;
-  const stamp = sidecar?.startsWith(`${inode} `) ? parseStamp(sidecar.slice(inode.length + 1)) : parseStamp(await stampInside(host, path));
+  const stamp = sidecar?.startsWith(`${inode} `) ? parseStamp(sidecar.slice(inode.length + 1)) : stampInside(await headOf(host, path));
   const importedAt = stamp?.["importedAt"];
   return {
     stamp,
@@ -93,12 +102,15 @@ export async function removeStamp(host: Host, finalPath: string, id: string): Pr
   await host.run(["sh", "-c", 'rm -f -- "$1/$2.stamp" "$1/$2.lock"; rmdir -- "$1" 2>/dev/null; exit 0', "virtlift", work, id]);
 }
 
-/** The stamp in a qcow2's header, if the file is one. */
-async function stampInside(host: Host, path: string): Promise<string | undefined> {
-  const { stdout } = await host.run(["head", "-c", String(HEAD_BYTES), "--", path]);
+async function headOf(host: Host, path: string): Promise<Buffer> {
+  return (await host.run(["head", "-c", String(HEAD_BYTES), "--", path])).stdout;
+}
+
+/** Our stamp in the first cluster of a file; undefined when it is no qcow2, or not one of ours. */
+export function stampInside(head: Buffer): Stamp | undefined {
   try {
-    const stamp = fromBuffer(readStamp(), stdout);
-    return stamp && Buffer.from(stamp).toString("utf8");
+    const stamp = fromBuffer(readStamp(), head);
+    return stamp && parseStamp(Buffer.from(stamp).toString("utf8"));
   } catch (error) {
     // No qcow2 at all: a file of somebody else.
     if (error instanceof ImageError) return undefined;
