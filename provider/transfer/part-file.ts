@@ -1,5 +1,4 @@
 /** A disk on its way: the part file on the host, written in frames that are hashed at both ends, and its publication. */
-import { createHash } from "node:crypto";
 import { posix } from "node:path";
 import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -12,7 +11,7 @@ import { RECEIVER } from "./receiver.ts";
 export const FRAME_BYTES = 16 * 1024 * 1024;
 
 /** Frames sent and not yet hashed by the host. */
-const MAX_FRAMES_IN_FLIGHT = 3;
+const MAX_FRAMES_IN_FLIGHT = 2;
 
 /** Gaps up to this are filled with zeros rather than beginning a new frame. */
 const MAX_FILLED_GAP_BYTES = 64 * 1024;
@@ -63,9 +62,9 @@ export class PartFile implements Part {
   /** Digests of what the host holds from an earlier run, by `offset length`. */
   readonly #held = new Map<string, string>();
   /** What was sent and not yet confirmed, by `offset length`. The bytes stay untouched until then: a transport may hold on to them. */
-  readonly #sent = new Map<string, { readonly digest: string; readonly frame: Uint8Array }>();
-  readonly #spare: Uint8Array[] = [];
-  #frame: Uint8Array = new Uint8Array(FRAME_BYTES);
+  readonly #sent = new Map<string, { readonly digest: Promise<string>; readonly frame: Uint8Array<ArrayBuffer> }>();
+  readonly #spare: Uint8Array<ArrayBuffer>[] = [];
+  #frame: Uint8Array<ArrayBuffer> = new Uint8Array(FRAME_BYTES);
   #abandonWrite: (error: unknown) => void = () => {};
   #frameOffset = 0;
   #frameLength = 0;
@@ -201,9 +200,9 @@ export class PartFile implements Part {
     if (this.#frameLength === 0) return;
     const bytes = this.#frame.subarray(0, this.#frameLength);
     const key = `${this.#frameOffset} ${this.#frameLength}`;
-    const digest = createHash("sha256").update(bytes).digest("hex");
+    const digest = sha256(bytes);
     this.#frameLength = 0;
-    if (this.#held.get(key) === digest) {
+    if (this.#held.has(key) && this.#held.get(key) === (await digest)) {
       this.#keptBytes += bytes.length;
       return;
     }
@@ -222,7 +221,7 @@ export class PartFile implements Part {
     if (!sent) throw this.#unexpected(answer);
     this.#sent.delete(have.key);
     this.#spare.push(sent.frame);
-    if (have.digest !== sent.digest) {
+    if (have.digest !== (await sent.digest)) {
       throw new DiskError(
         `${this.#path} on ${this.#host} does not hold the bytes that were sent (frame ${have.key}): its storage or memory is faulty`,
         {
@@ -272,6 +271,11 @@ export class PartFile implements Part {
     }
     return error instanceof Error ? error : new Error(String(error));
   }
+}
+
+/** Hex; computed by another thread from a copy, so the bytes may change at once. */
+async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
+  return Buffer.from(await crypto.subtle.digest("SHA-256", bytes)).toString("hex");
 }
 
 function parseHave(answer: string): { readonly key: string; readonly digest: string } | undefined {
