@@ -1,7 +1,7 @@
 /** A host over SSH: commands and libvirt as channels of few connections. */
 import { PassThrough } from "node:stream";
 import type { ClientChannel } from "ssh2";
-import { ConnectionError } from "../errors.ts";
+import { CommandError, ConnectionError } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
 import { Command, type HostProcess, type ProcessEnd, runToEnd, settlesWithin } from "./command.ts";
 import { daemonFailure, DaemonDoor, daemonMissing, daemonSockets, type DaemonTransport } from "./daemon.ts";
@@ -36,7 +36,7 @@ const START_SCRIPT = `echo "${PID_MARKER} $$" >&2; exec "$@"`;
 const REMOTE_RUNTIME_DIRECTORIES = ["/run/libvirt", "/var/run/libvirt"];
 
 /**
- * Prints how the daemon is reached: `helper`, `nc <socket>`, `nc-q0 <socket>`, `socat <socket>`, `forward <socket>`, or nothing.
+ * Prints how the daemon is reached: `helper`, `nc <socket>`, `nc-q0 <socket>`, `socat <socket>`, `forward <socket>`, or `none`.
  * Arguments: 1 to look for virt-ssh-helper, the netcat command, sockets. Source of the -q test: libvirt's virnetclient.c virNetClientSSHHelperCommand.
  */
 const PROBE_SCRIPT = `
@@ -50,7 +50,10 @@ for socket in "$@"; do
   else echo "forward $socket"
   fi
   exit 0
-done`;
+done
+echo none`;
+
+const WAYS: ReadonlySet<string> = new Set(["helper", "nc", "nc-q0", "socat", "forward", "none"]);
 
 /** A connection and how many of its channels are in use. `capacity` shrinks when the server allows fewer. */
 interface Lane {
@@ -238,14 +241,38 @@ export class SshHost implements Host {
     // virt-ssh-helper knows the usual sockets only.
     const mayHelp = proxy !== "netcat" && this.#address.socket === undefined;
     const isNative = proxy === "native" || (this.#address.scope === "session" && this.#address.socket === undefined);
-    this.#way ??= this.#run(["sh", "-c", PROBE_SCRIPT, "sh", mayHelp ? "1" : "0", netcat, ...(isNative ? [] : sockets)], false, {}).then(
-      ({ stdout }) => stdout.toString("utf8").trim(),
-    );
+    const argv = ["sh", "-c", PROBE_SCRIPT, "sh", mayHelp ? "1" : "0", netcat, ...(isNative ? [] : sockets)];
+    this.#way ??= this.#probeWay(argv).then(async (way) => way ?? this.#findWayWithoutShell(isNative ? [] : sockets));
     const pending = this.#way;
     pending.catch(() => {
       if (this.#way === pending) this.#way = undefined;
     });
     return pending;
+  }
+
+  /** What PROBE_SCRIPT says; undefined where the login runs no commands, or another one in their place. */
+  async #probeWay(argv: readonly string[]): Promise<string | undefined> {
+    try {
+      const way = (await this.#run(argv, false, {})).stdout.toString("utf8").trim();
+      return WAYS.has(way.split(" ", 1)[0] ?? "") ? way : undefined;
+    } catch (error) {
+      if (error instanceof CommandError || (error instanceof ConnectionError && error.phase === "login")) return undefined;
+      throw error;
+    }
+  }
+
+  /** A login without a shell may forward to the daemon's socket, or be forced to run virt-ssh-helper whatever it asks for. */
+  async #findWayWithoutShell(sockets: readonly string[]): Promise<string> {
+    for (const socket of sockets) {
+      try {
+        (await this.#openChannel((connection) => forwardToSocket(connection, this.label, socket))).kill();
+        return `forward ${socket}`;
+      } catch (error) {
+        // Refused, or no such socket: then perhaps the next one.
+        if (!(error instanceof ConnectionError) || error.phase !== "daemon") throw error;
+      }
+    }
+    return "helper";
   }
 
   async #openHelper(argv: readonly string[], sockets: readonly string[]): Promise<DaemonTransport> {

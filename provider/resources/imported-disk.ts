@@ -6,17 +6,22 @@ import { CommandError, ConnectionError, DiskError, isNotFound, LibvirtError } fr
 import type { Host } from "../host/hosts.ts";
 import { formatBytes, formatSeconds, tellProgress } from "../transfer/progress.ts";
 import { importDisk } from "../transfer/import.ts";
-import { probe, removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
+import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
 import { openSource, type OpenSource } from "../transfer/source.ts";
+import { refreshPool } from "../transfer/volume.ts";
 import { configuredHost, daemonOf, openHost } from "./connect.ts";
 import { parseArgs } from "./parse.ts";
-import { PoolError, poolFolder, refreshPool } from "./pool.ts";
+import { lookAtPlace, type Place } from "./place.ts";
+import { activePool, nextPartition, PoolError } from "./pool.ts";
 import type { CheckFailure, Context, PropertyChange, Resource } from "./resource.ts";
 import { ImportedDiskSchema } from "./schema.ts";
 import { UNKNOWN } from "./unknown.ts";
 import { domainsUsing, volumesBackedBy } from "./usage.ts";
 
 type Args = z.output<typeof ImportedDiskSchema>;
+
+/** Since libvirt 6.7.0 a sparse stream may end in a device. Source: libvirt's NEWS. */
+const SPARSE_DEVICES_VERSION = 6_007_000;
 
 /** What check makes of the arguments: known in preview, so that a machine sees its disk before it exists. */
 export interface DiskInputs extends Args {
@@ -39,6 +44,8 @@ export interface DiskState extends DiskInputs {
   readonly sourceDigest: string;
   /** `sha256:<hex>` of the volume as published: a raw one whole, a qcow2 from its second cluster on. */
   readonly contentDigest: string;
+  /** Set where the bytes went through libvirt's upload stream: a raw volume then carries no stamp. */
+  readonly isUploaded?: true | undefined;
 }
 
 /** The keys whose change makes another disk. */
@@ -92,7 +99,10 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
   const importId = hash(JSON.stringify([args.origin, declaration])).slice(0, 32);
   const placed: DiskInputs = { ...args, declaration, importId, diskId, volumeName, path: `/${volumeName}` };
   try {
-    const inputs = { ...placed, path: posix.join(await poolFolder(openHost(context, args.host), args.pool), volumeName) };
+    const pool = await activePool(openHost(context, args.host), args.pool);
+    // Partitions and logical volumes have names without endings.
+    const nameThere = pool.isBlock ? diskId : volumeName;
+    const inputs = { ...placed, volumeName: nameThere, path: posix.join(pool.path, nameThere) };
     return {
       inputs,
       failures: [...(olds ? await replacementFailures(context, olds, args) : []), ...(await placementFailures(context, inputs))],
@@ -139,8 +149,9 @@ function failureOf(error: unknown): CheckFailure {
 /** Whether the disk that a changed declaration would replace may go: not when a guest has written to it. */
 async function replacementFailures(context: Context, olds: DiskInputs, args: Args): Promise<readonly CheckFailure[]> {
   if (args.replaceWritten) return [];
-  const { file } = await probe(openHost(context, olds.host), olds.path, olds.importId);
-  if (!file || file.stamp?.importId !== olds.importId || file.untouched) return [];
+  const { file } = await lookAtPlace(openHost(context, olds.host), olds);
+  // The inputs do not tell whether a raw volume without a stamp came by an upload: it may have.
+  if (!file || !isOurs(file, { ...olds, isUploaded: true }) || file.untouched) return [];
   const changed = DECLARATION_KEYS.filter((key) => JSON.stringify(olds[key]) !== JSON.stringify(args[key]));
   const property = changed[0] ?? "source";
   const reason =
@@ -153,8 +164,7 @@ async function replacementFailures(context: Context, olds: DiskInputs, args: Arg
 async function placementFailures(context: Context, inputs: DiskInputs): Promise<readonly CheckFailure[]> {
   const host = openHost(context, inputs.host);
   const failures: CheckFailure[] = [];
-  const place = await probe(host, inputs.path, inputs.importId);
-  const folder = posix.dirname(inputs.path);
+  const place = await lookAtPlace(host, inputs);
   if (place.file) {
     // Published by an earlier run that did not live to say so.
     if (place.file.stamp?.importId === inputs.importId) return [];
@@ -163,19 +173,7 @@ async function placementFailures(context: Context, inputs: DiskInputs): Promise<
       reason: `name: ${inputs.path} exists on ${host.label} and is not overwritten: choose another \`name\`, or remove it`,
     });
   }
-  if (place.missingTools.length > 0) {
-    failures.push({
-      property: "host",
-      reason: `host: ${host.label} lacks ${place.missingTools.join(", ")}, which the transfer needs: install coreutils and util-linux`,
-    });
-  }
-  if (place.folder !== "writable") {
-    const why = place.folder === "none" ? "does not exist" : `is not writable for ${place.user}`;
-    failures.push({
-      property: "pool",
-      reason: `pool: the folder ${folder} of pool ${inputs.pool} on ${host.label} ${why}: mend it, or log in as somebody who may (\`sudo: true\` on the host)`,
-    });
-  }
+  if (place.uploadReason !== undefined) failures.push(...(await uploadFailures(context, host, inputs, place)));
   for (const domain of await domainsUsing(await host.libvirt(), inputs.path)) {
     failures.push({
       property: "name",
@@ -191,11 +189,44 @@ async function placementFailures(context: Context, inputs: DiskInputs): Promise<
   return failures;
 }
 
+/** What stops an upload through libvirt; says why that way is taken. */
+async function uploadFailures(context: Context, host: Host, inputs: DiskInputs, place: Place): Promise<readonly CheckFailure[]> {
+  const failures: CheckFailure[] = [];
+  const { pool } = place;
+  if (pool.isBlock) {
+    const where = `the volumes of pool ${pool.name} on ${host.label} are devices`;
+    if (inputs.format !== "raw") {
+      failures.push({
+        property: "format",
+        reason: `format: ${where}, which hold a raw disk: set \`format: "raw"\`, or choose another pool`,
+      });
+    }
+    if ((await (await host.libvirt()).connectGetLibVersion()) < SPARSE_DEVICES_VERSION) {
+      failures.push({ property: "pool", reason: `pool: ${where}, and libvirt there is older than 6.7: update it, or choose another pool` });
+    }
+  }
+  const isNew = place.file === undefined && place.partBytes === 0;
+  const partition = pool.type === "disk" && isNew ? await nextPartition(host, pool) : inputs.volumeName;
+  if (partition !== inputs.volumeName) {
+    const reason = `name: a volume of the disk pool ${pool.name} on ${host.label} has its partition's name, and the next one is ${partition}: set \`name: "${partition}"\``;
+    failures.push({ property: "name", reason });
+  }
+  if (failures.length === 0) {
+    const stampless =
+      inputs.format === "raw" ? "; a raw volume then carries no stamp, and is known as ours by the stack's state alone" : "";
+    context.log(
+      "info",
+      `${inputs.diskId}: goes through libvirt's upload stream, since ${place.uploadReason}; all is read back to be compared${stampless}`,
+    );
+  }
+  return failures;
+}
+
 async function sourceFailures(
   context: Context,
   source: OpenSource,
   inputs: DiskInputs,
-  place: { readonly freeBytes: number | undefined; readonly partBytes: number },
+  place: Place,
   host: Host,
 ): Promise<readonly CheckFailure[]> {
   const failures: CheckFailure[] = [];
@@ -208,13 +239,14 @@ async function sourceFailures(
     failures.push({ property: "capacity", reason });
   }
   const capacityBytes = Math.max(inputs.capacity ?? 0, image.virtualSizeBytes);
-  const neededBytes = inputs.layout === "full" ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
+  const isWhole = inputs.layout === "full" || place.pool.isBlock;
+  const neededBytes = isWhole ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
   if (place.freeBytes !== undefined && neededBytes > place.freeBytes + place.partBytes) {
     const reason = `pool: ${posix.dirname(inputs.path)} on ${host.label} has ${formatBytes(place.freeBytes)} free and the disk takes up to ${formatBytes(neededBytes)}: make room, or choose another pool`;
     failures.push({ property: "pool", reason });
   }
   if (failures.length === 0) {
-    const wireBytes = inputs.layout === "full" ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
+    const wireBytes = isWhole ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
     const { format, variant } = image;
     context.log(
       "info",
@@ -259,15 +291,14 @@ async function create(context: Context, inputs: DiskInputs) {
       path: inputs.path,
     });
   const outputs = await importOrAdopt(context, host, inputs);
-  await refreshPool(host, inputs.pool);
-  await libvirt.storageVolLookupByName(await libvirt.storagePoolLookupByName(inputs.pool), inputs.volumeName);
+  await libvirt.storageVolLookupByName(await refreshPool(libvirt, inputs.pool), inputs.volumeName);
   return { id: inputs.diskId, state: { ...inputs, ...outputs } };
 }
 
 type Outputs = Omit<DiskState, keyof DiskInputs>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
-  const { file } = await probe(host, inputs.path, inputs.importId);
+  const { file, pool, uploadReason } = await lookAtPlace(host, inputs);
   const finished = file?.stamp?.importId === inputs.importId ? outputsOf(file.stamp, file) : undefined;
   if (finished) {
     context.log("info", `${inputs.diskId}: ${inputs.path} on ${host.label} was finished by an earlier run`);
@@ -285,6 +316,7 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     capacityBytes: virtualSizeBytes,
     stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: from, virtualSizeBytes, ...ends }),
     signal: context.signal,
+    upload: uploadReason === undefined ? undefined : { pool: pool.name, isBlock: pool.isBlock },
     onProgress: tellProgress(inputs.diskId, (line) => context.log("info", line)),
   });
   const seconds = (performance.now() - startedMs) / 1000;
@@ -294,7 +326,7 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} in ${formatSeconds(seconds)}${kept}; both ends agree on every byte`,
   );
   const { sourceDigest, contentDigest, allocatedBytes } = result;
-  return { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest };
+  return { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, ...(uploadReason !== undefined && { isUploaded: true }) };
 }
 
 /** The outputs of a volume that an earlier run published, from its stamp; undefined when the stamp does not tell them. */
@@ -310,11 +342,10 @@ async function read(context: Context, id: string, state: DiskState) {
   const pool = await libvirt.storagePoolLookupByName(state.pool);
   try {
     await libvirt.storageVolLookupByName(pool, state.volumeName);
-    const { file } = await probe(host, state.path, state.importId);
+    const { file } = await lookAtPlace(host, state);
     if (!file) {
       // libvirt remembers the folder as it last saw it: a file removed by hand is gone only when it says so too.
-      await refreshPool(host, state.pool);
-      await libvirt.storageVolLookupByName(pool, state.volumeName);
+      await libvirt.storageVolLookupByName(await refreshPool(libvirt, state.pool), state.volumeName);
     }
   } catch (error) {
     if (isNotFound(error)) return undefined;
@@ -324,14 +355,14 @@ async function read(context: Context, id: string, state: DiskState) {
 }
 
 function inputsOf(state: DiskState): DiskInputs {
-  const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, ...inputs } = state;
+  const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, isUploaded: _u, ...inputs } = state;
   return inputs;
 }
 
 /** Nothing on the host changes: what would change the disk replaces it. */
 async function update(_context: Context, _id: string, olds: DiskState, news: DiskInputs): Promise<DiskState> {
-  const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest } = olds;
-  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest };
+  const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, isUploaded } = olds;
+  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, isUploaded };
 }
 
 async function remove(context: Context, _id: string, state: DiskState): Promise<void> {
@@ -340,10 +371,10 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
     context.log("info", `${state.diskId}: ${state.path} stays on ${host.label}, as \`onDelete: "retain"\` says`);
     return;
   }
-  const { file } = await probe(host, state.path, state.importId);
+  const { file, uploadReason } = await lookAtPlace(host, state);
   const libvirt = await host.libvirt();
   if (file) {
-    if (file.stamp?.importId !== state.importId) {
+    if (!isOurs(file, state)) {
       throw new DiskError(
         `${state.path} on ${host.label} is not the disk that was imported there and is not deleted: remove it by hand, or run pulumi state delete`,
         {
@@ -363,13 +394,17 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
       );
     }
   }
-  await refreshPool(host, state.pool);
+  const pool = await refreshPool(libvirt, state.pool);
   try {
-    await libvirt.storageVolDelete(
-      await libvirt.storageVolLookupByName(await libvirt.storagePoolLookupByName(state.pool), state.volumeName),
-    );
+    await libvirt.storageVolDelete(await libvirt.storageVolLookupByName(pool, state.volumeName));
   } catch (error) {
     if (!isNotFound(error)) throw error;
   }
-  await removeStamp(host, state.path, state.importId);
+  if (uploadReason === undefined) await removeStamp(host, state.path, state.importId);
+}
+
+/** Whether a volume is the one that was imported: by its stamp, or by the state where a raw one could not get any. */
+function isOurs(file: VolumeFile, state: Pick<DiskState, "importId" | "format" | "isUploaded">): boolean {
+  if (file.stamp !== undefined) return file.stamp.importId === state.importId;
+  return state.isUploaded === true && state.format === "raw";
 }

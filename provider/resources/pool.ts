@@ -1,23 +1,36 @@
-/** Storage pools as imports see them: folders of the host that libvirt watches. */
-import { setTimeout as sleep } from "node:timers/promises";
+/** Storage pools as imports see them: what kind of volumes they have, and where. */
+import { posix } from "node:path";
 import { XMLParser } from "fast-xml-parser";
 import { LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
+import { LIST_STORAGE_POOLS, STORAGE_POOL_STATE } from "../libvirt/constants.ts";
 
 /** VIR_ERR_NO_STORAGE_POOL of virterror.h. */
 const NO_STORAGE_POOL = 49;
-/** VIR_STORAGE_POOL_RUNNING of libvirt-storage.h. */
-const STORAGE_POOL_RUNNING = 2;
-/** VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE and _DIR of libvirt-storage.h. */
-const LIST_ACTIVE_DIRECTORIES = 2 | 64;
+
+/** Types of pools whose volumes are files in a folder, and those whose volumes are devices. Source: libvirt's storage.html. */
+const FILE_TYPES: ReadonlySet<string> = new Set(["dir", "fs", "netfs"]);
+const BLOCK_TYPES: ReadonlySet<string> = new Set(["logical", "disk"]);
 
 /** The pool is not one that a disk can be imported into. */
 export class PoolError extends Error {
   override readonly name = "PoolError";
 }
 
-/** The folder of a directory pool that is active. Throws PoolError with the remedy when it is not one. */
-export async function poolFolder(host: Host, name: string): Promise<string> {
+/** An active pool that can get volumes. */
+export interface ActivePool {
+  readonly name: string;
+  readonly type: string;
+  /** Whether its volumes are devices. */
+  readonly isBlock: boolean;
+  /** Absolute: the folder of its files, or of its devices. */
+  readonly path: string;
+  /** The disk whose partitions are the volumes of a pool of type `disk`, as the pool names it. */
+  readonly device: string | undefined;
+}
+
+/** The pool of that name. Throws PoolError with the remedy when there is none, when it is not active, or when its type is none that we write to. */
+export async function activePool(host: Host, name: string): Promise<ActivePool> {
   const libvirt = await host.libvirt();
   let pool: Awaited<ReturnType<typeof libvirt.storagePoolLookupByName>>;
   try {
@@ -28,41 +41,54 @@ export async function poolFolder(host: Host, name: string): Promise<string> {
     const remedy = names.length > 0 ? `it has ${names.join(", ")}` : "define one with virsh pool-define-as";
     throw new PoolError(`there is no pool ${name} on ${host.label}: ${remedy}`);
   }
-  if ((await libvirt.storagePoolGetInfo(pool)).state !== STORAGE_POOL_RUNNING) {
+  if ((await libvirt.storagePoolGetInfo(pool)).state !== STORAGE_POOL_STATE.running) {
     throw new PoolError(`the pool ${name} on ${host.label} is not active: virsh pool-start ${name}`);
   }
-  const { type, path } = describe(await libvirt.storagePoolGetXMLDesc(pool));
-  if (type !== "dir" || !path.startsWith("/")) {
-    throw new PoolError(`the pool ${name} on ${host.label} is of type ${type}: disks are imported into a pool of type dir`);
+  const { type, path, device } = describe(await libvirt.storagePoolGetXMLDesc(pool));
+  const isBlock = BLOCK_TYPES.has(type);
+  if ((!isBlock && !FILE_TYPES.has(type)) || !path.startsWith("/")) {
+    const types = [...FILE_TYPES, ...BLOCK_TYPES].join(", ");
+    throw new PoolError(`the pool ${name} on ${host.label} is of type ${type}: disks are imported into pools of the types ${types}`);
   }
+  return { name, type, isBlock, path, device };
+}
+
+/** The folder of an active pool whose volumes are files. Throws PoolError with the remedy when it is not one. */
+export async function poolFolder(host: Host, name: string): Promise<string> {
+  const { isBlock, type, path } = await activePool(host, name);
+  if (isBlock) throw new PoolError(`the pool ${name} on ${host.label} is of type ${type}: a pool whose volumes are files is needed`);
   return path;
 }
 
 /** Every active directory pool of the host. */
 export async function directoryPools(host: Host): Promise<readonly { readonly name: string; readonly folder: string }[]> {
   const libvirt = await host.libvirt();
-  const pools = await libvirt.connectListAllStoragePools(LIST_ACTIVE_DIRECTORIES);
+  const pools = await libvirt.connectListAllStoragePools(LIST_STORAGE_POOLS.active | LIST_STORAGE_POOLS.dir);
   return Promise.all(pools.map(async (pool) => ({ name: pool.name, folder: describe(await libvirt.storagePoolGetXMLDesc(pool)).path })));
 }
 
-function describe(xml: string): { readonly type: string; readonly path: string } {
-  const parsed: unknown = new XMLParser({ ignoreAttributes: false, parseTagValue: false }).parse(xml);
-  const { pool } = parsed as { pool?: { "@_type"?: string; target?: { path?: string } } };
-  return { type: pool?.["@_type"] ?? "", path: pool?.target?.path ?? "" };
+/**
+ * The name that the next volume of a pool of type `disk` must have: libvirt makes the first partition that is free, and takes no other name for it.
+ * Source: storage_backend_disk.c virStorageBackendDiskMakeDataVol.
+ */
+export async function nextPartition(host: Host, { name, device }: ActivePool): Promise<string> {
+  const libvirt = await host.libvirt();
+  const volumes = await libvirt.storagePoolListAllVolumes(await libvirt.storagePoolLookupByName(name));
+  const disk = posix.basename(device ?? "");
+  const prefix = /[0-9]$/.test(disk) ? `${disk}p` : disk;
+  const taken = new Set(volumes.map((volume) => volume.name));
+  let number = 1;
+  while (taken.has(`${prefix}${number}`)) number++;
+  return `${prefix}${number}`;
 }
 
-/** Makes libvirt see what changed in the pool's folder. Waits while it is busy with another volume. */
-export async function refreshPool(host: Host, name: string): Promise<void> {
-  const libvirt = await host.libvirt();
-  const pool = await libvirt.storagePoolLookupByName(name);
-  for (let attempt = 1; ; attempt++) {
-    try {
-      return await libvirt.storagePoolRefresh(pool);
-    } catch (error) {
-      // VIR_ERR_INTERNAL_ERROR "pool has asynchronous jobs running": its own text is all that tells it apart. Source: storage_driver.c.
-      const busy = error instanceof LibvirtError && error.message.includes("asynchronous jobs running");
-      if (!busy || attempt === 60) throw error;
-      await sleep(1000);
-    }
-  }
+interface PoolXml {
+  readonly "@_type"?: string;
+  readonly target?: { readonly path?: string };
+  readonly source?: { readonly device?: { readonly "@_path"?: string } };
+}
+
+function describe(xml: string): { readonly type: string; readonly path: string; readonly device: string | undefined } {
+  const { pool } = new XMLParser({ ignoreAttributes: false, parseTagValue: false }).parse(xml) as { readonly pool?: PoolXml };
+  return { type: pool?.["@_type"] ?? "", path: pool?.target?.path ?? "", device: pool?.source?.device?.["@_path"] };
 }

@@ -39,10 +39,8 @@ export interface ImportResult {
   readonly sentBytes: number;
   /** Bytes that an interrupted earlier run had brought over. */
   readonly keptBytes: number;
-  /** Seconds since 1970: the volume's modification time, as long as nobody writes to it. */
+  /** Seconds since 1970: tells the volume's modification time as long as nobody writes to it, see `isUntouched`. */
   readonly importedAt: number;
-  /** As libvirt prints it, where the modification time could not be set. */
-  readonly modifiedAt: string | undefined;
 }
 
 /**
@@ -90,10 +88,10 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   const sourceDigest = await pump(source, runs, target, options);
   const contentDigest = await target.finish();
   await source.assertUnchanged();
-  const importedAt = Math.floor(Date.now() / 1000);
+  const importedAt = await part.closingTime();
   await target.seal(Buffer.from(JSON.stringify(options.stamp({ sourceDigest, contentDigest, importedAt }))));
-  const { allocatedBytes, modifiedAt } = await part.publish(importedAt);
-  return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt, modifiedAt };
+  const { allocatedBytes } = await part.publish(importedAt);
+  return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt };
 }
 
 /** Where guest data goes, and how it ends. */

@@ -156,6 +156,10 @@ export class PartFile implements Part {
     await this.#command(Buffer.concat([Buffer.from(`stamp ${stamp.length}\n`), stamp]));
   }
 
+  async closingTime(): Promise<number> {
+    return Math.floor(Date.now() / 1000);
+  }
+
   /** Links the part to its final path, modified at `modifiedSeconds` (since 1970). Throws PathTaken when the path exists by now: the part is discarded. */
   async publish(modifiedSeconds: number): Promise<{ readonly allocatedBytes: number }> {
     await this.#send(`publish ${modifiedSeconds}\n`);

@@ -21,16 +21,12 @@ export interface Part extends AsyncDisposable {
   digest(offset: number): Promise<string>;
   /** Keeps a stamp beside the part, for formats that have no room for one, where there is a place for it. */
   stamp(stamp: Uint8Array): Promise<void>;
-  /** Makes the volume of it. `modifiedSeconds` (since 1970) is its modification time where that can be set. Throws PathTaken when the path exists by now. */
-  publish(modifiedSeconds: number): Promise<Published>;
+  /** The time for the stamp, in seconds since 1970: a whole one, which `publish` sets, or half of one, by which `isUntouched` knows that none can be set. */
+  closingTime(): Promise<number>;
+  /** Makes the volume of it, modified at `modifiedSeconds` where that can be set. Throws PathTaken when the path exists by now. */
+  publish(modifiedSeconds: number): Promise<{ readonly allocatedBytes: number }>;
   /** Removes the part and all that belongs to it. */
   discard(): Promise<void>;
-}
-
-export interface Published {
-  readonly allocatedBytes: number;
-  /** The modification time that the volume got, as libvirt prints it, where it could not be set. */
-  readonly modifiedAt?: string;
 }
 
 /** Something of that name is there already, and it is not ours to overwrite. */

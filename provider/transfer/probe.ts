@@ -52,8 +52,10 @@ export interface Probe {
 export interface VolumeFile {
   /** Our stamp, if this is a volume of ours. */
   readonly stamp: Stamp | undefined;
-  /** Whether its modification time is still the one that the import gave it: nobody has written to it. Undefined without a stamp. */
+  /** Whether its modification time is still the one of the import's end: nobody has written to it. Undefined when nothing tells. */
   readonly untouched: boolean | undefined;
+  /** Seconds since 1970 with nine decimals; undefined where no such time tells of writes. */
+  readonly modifiedAt: string | undefined;
   readonly allocatedBytes: number;
 }
 
@@ -88,12 +90,19 @@ async function volumeFile(
   const [inode, modified, blocks] = stat?.split(" ") ?? [];
   if (inode === undefined || modified === undefined) return undefined;
   const stamp = sidecar?.startsWith(`${inode} `) ? parseStamp(sidecar.slice(inode.length + 1)) : stampInside(await headOf(host, path));
-  const importedAt = stamp?.["importedAt"];
-  return {
-    stamp,
-    untouched: typeof importedAt === "number" ? Number(modified) === importedAt : undefined,
-    allocatedBytes: Number(blocks) * 512,
-  };
+  const file = { stamp, modifiedAt: modified, allocatedBytes: Number(blocks) * 512 };
+  return { ...file, untouched: isUntouched(file) };
+}
+
+/** A time that could not be set came within this after the one of the stamp, a half-second. */
+const MAX_LATE_SECONDS = 2.5;
+
+/** Whether a volume's modification time is the one of its import's end. Undefined when nothing tells. */
+export function isUntouched(file: Pick<VolumeFile, "stamp" | "modifiedAt">): boolean | undefined {
+  const importedAt = file.stamp?.["importedAt"];
+  if (file.modifiedAt === undefined || typeof importedAt !== "number") return undefined;
+  const lateSeconds = Number(file.modifiedAt) - importedAt;
+  return Number.isInteger(importedAt) ? lateSeconds === 0 : lateSeconds >= 0 && lateSeconds < MAX_LATE_SECONDS;
 }
 
 /** Removes the stamp that lay beside a volume, and the work folder when nothing else is in it. */

@@ -15,7 +15,7 @@ import { element, renderXml } from "../libvirt/render.ts";
 import type { Libvirt, Upload } from "../libvirt/client.ts";
 import { STORAGE_VOL_RESIZE, STORAGE_VOL_TRANSFER } from "../libvirt/constants.ts";
 import type { StorageVol } from "../libvirt/procedures.ts";
-import { type Part, pathTaken, type Published } from "./part.ts";
+import { type Part, pathTaken } from "./part.ts";
 import {
   encodeMark,
   hashVolume,
@@ -261,8 +261,17 @@ export class VolumeUpload implements Part {
   /** There is no place for it: a raw volume that came this way is known by the resource's state alone. */
   async stamp(): Promise<void> {}
 
-  /** Writes the volume's beginning, its first sector last. libvirt gives no way to set the time. */
-  async publish(): Promise<Published> {
+  /** libvirt gives no way to set the time: that of the mark, written anew, is at most some milliseconds before that of the last write. */
+  async closingTime(): Promise<number> {
+    return this.#explained(async () => {
+      await this.#assertOwner();
+      await writeAt(this.#libvirt, this.#volume, 0, encodeMark({ importId: this.#options.id, writer: this.#options.writer }));
+      return Math.floor(Number(await modificationTime(this.#libvirt, this.#volume))) - 0.5;
+    });
+  }
+
+  /** Writes the volume's beginning, its first sector last. */
+  async publish(): Promise<{ readonly allocatedBytes: number }> {
     await this.settle();
     return this.#explained(async () => {
       await this.#assertOwner();
@@ -278,8 +287,7 @@ export class VolumeUpload implements Part {
       this.#isPublished = true;
       await refreshPool(this.#libvirt, this.#options.pool);
       const { allocation } = await this.#libvirt.storageVolGetInfo(this.#volume);
-      const modifiedAt = this.#options.isBlock ? undefined : await modificationTime(this.#libvirt, this.#volume);
-      return { allocatedBytes: allocation, ...(modifiedAt !== undefined && { modifiedAt }) };
+      return { allocatedBytes: allocation };
     });
   }
 
