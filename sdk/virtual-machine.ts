@@ -72,6 +72,7 @@ const OUTPUTS: Readonly<Record<keyof VirtualMachineState, undefined>> = {
   onShutdownTimeout: undefined,
   ownVolumes: undefined,
   powerState: undefined,
+  preflight: undefined,
   ready: undefined,
   restartPending: undefined,
   secureBoot: undefined,

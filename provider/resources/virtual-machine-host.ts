@@ -1,20 +1,14 @@
-/** What check asks of a machine's host: where things lie, what the host offers, and what is taken. Changes nothing there. */
+/** Where the things of a machine lie on its host, or will lie. Changes nothing there. */
 import { posix } from "node:path";
-import { isNotFound, LibvirtError } from "../errors.ts";
+import { isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { parseXml } from "../image/xml.ts";
-import { parseDomainTypes, parseOffer } from "../libvirt/capabilities.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_XML } from "../libvirt/constants.ts";
-import { type ObservedDomain, parseDomain } from "../libvirt/domain.ts";
 import { PoolError, poolFolder } from "./pool.ts";
-import type { CheckFailure } from "./resource.ts";
+import { factsOf } from "./preflight/host-facts.ts";
 import type { DiskRef } from "./schema.ts";
 import type { VirtualMachineArgs } from "./virtual-machine-schema.ts";
-import { type MachineInputs, ownVolumes, type PlacedDisk, type PlacedDiskRef, type PlacedImage } from "./virtual-machine-spec.ts";
-
-/** VIR_ERR_NO_SUPPORT of virterror.h. */
-const NO_SUPPORT = 3;
+import { type MachineInputs, type PlacedDisk, type PlacedDiskRef, type PlacedImage } from "./virtual-machine-spec.ts";
 
 /** Something that the user named is not there, or is not what it should be. `property` is the user's path to it. */
 export class PlacementError extends Error {
@@ -131,193 +125,10 @@ function asFormat(property: string, path: string, found: string | undefined): "q
   );
 }
 
-/** The capabilities of each connection: they cost a second, and stay the same as long as the daemon runs. */
-const domainTypes = new WeakMap<Libvirt, Promise<ReadonlySet<string>>>();
-const firmwares = new WeakMap<Libvirt, Map<string, ReturnType<typeof askFirmwares>>>();
-
 /** The kind of machine to run when the user named none: with acceleration where the host offers it. Throws PlacementError. */
 export async function defaultDomainType(host: Host): Promise<MachineInputs["domainType"]> {
-  const libvirt = await host.libvirt();
-  let asked = domainTypes.get(libvirt);
-  if (asked === undefined) {
-    asked = libvirt.connectGetCapabilities().then(parseDomainTypes);
-    domainTypes.set(libvirt, asked);
-    asked.catch(() => domainTypes.delete(libvirt));
-  }
-  const offered = await asked;
-  const type = (["kvm", "qemu", "test"] as const).find((each) => offered.has(each));
+  const { domainTypes } = await factsOf(host).nature();
+  const type = (["kvm", "qemu", "test"] as const).find((each) => domainTypes.has(each));
   if (type === undefined) throw new PlacementError("domainType", `${host.label} runs no x86_64 machines: install qemu-system-x86`);
   return type;
-}
-
-/** A machine on the host, ours or not. */
-export interface Neighbour extends ObservedDomain {
-  readonly isOwn: boolean;
-}
-
-/** Every machine of the host by its definition. `isOwn` where it is the resource's own: by UUID when we made it, by its metadata else. */
-export async function listNeighbours(
-  libvirt: Libvirt,
-  machine: { readonly origin: string; readonly ownUuid: string | undefined },
-): Promise<readonly Neighbour[]> {
-  const domains = await libvirt.connectListAllDomains();
-  const found = await Promise.all(
-    domains.map(async (domain) => {
-      try {
-        return [parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive))];
-      } catch (error) {
-        // Another user may remove a machine between the list and the look at it.
-        if (isNotFound(error)) return [];
-        throw error;
-      }
-    }),
-  );
-  return found.flat().map((each) => ({ ...each, isOwn: each.uuid === machine.ownUuid || each.metadata?.origin === machine.origin }));
-}
-
-/** What a finding is made from. */
-export interface Facts {
-  readonly host: Host;
-  readonly inputs: MachineInputs;
-  readonly neighbours: readonly Neighbour[];
-}
-
-/** Everything that would make the machine fail on its host, or harm another. */
-export async function hostFailures(facts: Facts): Promise<readonly CheckFailure[]> {
-  const found = [takenIdentity, takenMacs, takenDisks].flatMap((finding) => finding(facts));
-  const asked = [missingNetworks, missingFirmware, takenVolumes].map(async (finding) => finding(facts));
-  return [...found, ...(await Promise.all(asked)).flat()];
-}
-
-function takenIdentity({ host, inputs, neighbours }: Facts): readonly CheckFailure[] {
-  return neighbours
-    .filter(({ isOwn }) => !isOwn)
-    .flatMap(({ name, uuid, metadata }): readonly CheckFailure[] => {
-      const owner = metadata ? ` (of ${metadata.origin})` : "";
-      if (name === inputs.name) {
-        return [
-          {
-            property: "name",
-            reason: `name: there is a machine ${name}${owner} on ${host.label} already, which is not touched: choose another \`name\``,
-          },
-        ];
-      }
-      if (uuid !== inputs.uuid) return [];
-      return [
-        {
-          property: "uuid",
-          reason: `uuid: the machine ${name}${owner} on ${host.label} has the UUID ${uuid} already: choose another \`uuid\``,
-        },
-      ];
-    });
-}
-
-function takenMacs({ host, inputs, neighbours }: Facts): readonly CheckFailure[] {
-  return inputs.networks.flatMap(({ mac }, index): readonly CheckFailure[] => {
-    const property = `networks[${index}].mac`;
-    if (inputs.networks.findIndex((other) => other.mac === mac) < index) {
-      return [{ property, reason: `${property}: ${mac} is given to two interfaces of this machine: choose another` }];
-    }
-    const user = neighbours.find(({ isOwn, interfaces }) => !isOwn && interfaces.some((other) => other.mac === mac));
-    if (!user) return [];
-    return [
-      {
-        property,
-        reason: `${property}: the machine ${user.name} on ${host.label} has the address ${mac} already: choose another, or remove it there`,
-      },
-    ];
-  });
-}
-
-/** Files that a guest may write to belong to one machine. */
-function takenDisks({ host, inputs, neighbours }: Facts): readonly CheckFailure[] {
-  return inputs.diskPaths.flatMap((path, index): readonly CheckFailure[] => {
-    const further = inputs.disks[index - 1];
-    if (further?.readOnly || further?.device === "cdrom") return [];
-    const property = index > 0 ? `disks[${index - 1}]` : inputs.importedDisk ? "importedDisk" : "image";
-    const user = neighbours.find(({ isOwn, disks }) => !isOwn && disks.some((disk) => disk.path === path));
-    if (user)
-      return [
-        { property, reason: `${property}: the machine ${user.name} on ${host.label} uses ${path} already: two machines would destroy it` },
-      ];
-    if (inputs.diskPaths.indexOf(path) === index) return [];
-    return [{ property, reason: `${property}: ${path} is given to this machine twice: give each disk once` }];
-  });
-}
-
-async function missingNetworks({ host, inputs }: Facts): Promise<readonly CheckFailure[]> {
-  const libvirt = await host.libvirt();
-  const found = await Promise.all(
-    inputs.networks.map(async ({ network: name }, index): Promise<readonly CheckFailure[]> => {
-      const property = `networks[${index}].network`;
-      if (name === undefined) return [];
-      try {
-        if (await libvirt.networkIsActive(await libvirt.networkLookupByName(name))) return [];
-        if (inputs.powerState === "stopped") return [];
-        return [{ property, reason: `${property}: the network ${name} on ${host.label} is not active: virsh net-start ${name}` }];
-      } catch (error) {
-        if (!isNotFound(error)) throw error;
-        const names = (await libvirt.connectListAllNetworks()).map((network) => network.name);
-        const remedy = names.length > 0 ? `it has ${names.join(", ")}` : "define one with virsh net-define";
-        return [{ property, reason: `${property}: there is no network ${name} on ${host.label}: ${remedy}` }];
-      }
-    }),
-  );
-  return found.flat();
-}
-
-async function missingFirmware({ host, inputs }: Facts): Promise<readonly CheckFailure[]> {
-  if (inputs.firmware === "bios") return [];
-  const libvirt = await host.libvirt();
-  const asked = firmwares.get(libvirt) ?? new Map<string, ReturnType<typeof askFirmwares>>();
-  firmwares.set(libvirt, asked);
-  const key = `${inputs.machine} ${inputs.domainType}`;
-  const asking = asked.get(key) ?? askFirmwares(libvirt, inputs);
-  asked.set(key, asking);
-  asking.catch(() => asked.delete(key));
-  const offered = await asking;
-  if (!offered?.uefi && offered) {
-    return [
-      {
-        property: "firmware",
-        reason: `firmware: ${host.label} has no UEFI firmware for ${inputs.machine} machines: install ovmf (Debian, Ubuntu) or edk2-ovmf (Fedora, RHEL)`,
-      },
-    ];
-  }
-  if (!inputs.secureBoot || !offered || offered.secureBoot) return [];
-  return [
-    {
-      property: "secureBoot",
-      reason: `secureBoot: ${host.label} has no UEFI firmware with Secure Boot: install ovmf (Debian, Ubuntu) or edk2-ovmf (Fedora, RHEL)`,
-    },
-  ];
-}
-
-/** Undefined where the driver cannot tell, as libvirt's test driver. */
-async function askFirmwares(
-  libvirt: Libvirt,
-  { machine, domainType }: MachineInputs,
-): Promise<ReturnType<typeof parseOffer> | undefined> {
-  try {
-    return parseOffer(await libvirt.connectGetDomainCapabilities(undefined, "x86_64", machine, domainType));
-  } catch (error) {
-    if (error instanceof LibvirtError && error.code === NO_SUPPORT) return undefined;
-    throw error;
-  }
-}
-
-/** A volume of the machine's own is made, never taken: what is there already is somebody's. */
-async function takenVolumes({ host, inputs, neighbours }: Facts): Promise<readonly CheckFailure[]> {
-  const known = neighbours.filter(({ isOwn }) => isOwn).flatMap(({ metadata }) => metadata?.volumes.map(({ path }) => path) ?? []);
-  const found = await Promise.all(
-    ownVolumes(inputs).map(async ({ path }): Promise<readonly CheckFailure[]> => {
-      if (known.includes(path) || !(await volumeAt(host, path))) return [];
-      const index = inputs.disks.findIndex((disk) => disk.path === path);
-      const property = index < 0 ? "image" : `disks[${index}].name`;
-      return [
-        { property, reason: `${property}: ${path} exists on ${host.label} and is not overwritten: choose another name, or remove it` },
-      ];
-    }),
-  );
-  return found.flat();
 }

@@ -1,6 +1,7 @@
 /** The shapes of what users declare of a virtual machine. The one source of types and documentation of its arguments. */
 import { z } from "zod";
 import { fitsXml } from "../libvirt/render.ts";
+import { PreflightSchema } from "./preflight/rule.ts";
 import { DiskRefSchema, HostSchema, SizeSchema, VolumeNameSchema } from "./schema.ts";
 
 const TextSchema = z.string().refine(fitsXml, "the text holds a control character, which libvirt cannot store");
@@ -207,6 +208,8 @@ export const VirtualMachineSchema = z.strictObject({
    * Default: `<name>-serial0.log` where libvirt keeps the logs of machines, `/var/log/libvirt/qemu`.
    */
   serialLog: PathSchema.optional(),
+  /** Rules of the preview that are to have another level, or none, for this machine: by id, each with a reason that is kept. Default: as the rules say. */
+  preflight: PreflightSchema.optional(),
   /** `<organization>/<project>/<stack>/<logical name>`: set by the class, the identity of the machine on the host. */
   origin: z
     .string()

@@ -1,6 +1,6 @@
 /** VirtualMachine: a libvirt machine that boots from an imported disk or from a template, and stays the user's own for life. */
 import { posix } from "node:path";
-import { CommandError, ConnectionError, isNotFound, LibvirtError } from "../errors.ts";
+import { isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
 import { DOMAIN_METADATA, DOMAIN_UNDEFINE, DOMAIN_XML } from "../libvirt/constants.ts";
@@ -21,7 +21,15 @@ import {
 import type { Domain } from "../libvirt/procedures.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
 import { parseArgs } from "./parse.ts";
-import { type CheckFailure, type Context, Incomplete, type PropertyChange, type Resource } from "./resource.ts";
+import { BOOT_RULES, COMBINATION_RULES } from "./preflight/argument-rules.ts";
+import { MACHINE_CHANGE_RULES, type MachineChange, restartRefusal } from "./preflight/change-rules.ts";
+import { deploymentOf } from "./preflight/deployment.ts";
+import { changing } from "./preflight/host-facts.ts";
+import { declaredMachine, gatherMachine } from "./preflight/machine-facts.ts";
+import { MACHINE_RULES } from "./preflight/machine-rules.ts";
+import { conclude, failuresOf, judgeTrouble, settingsOf, tell } from "./preflight/preflight.ts";
+import { judge, type Judgement, type PreflightSettings } from "./preflight/rule.ts";
+import { type Context, Incomplete, type PropertyChange, type Resource } from "./resource.ts";
 import { hasUnknown, UNKNOWN } from "./unknown.ts";
 import {
   addressesOf,
@@ -33,15 +41,7 @@ import {
   stopGuest,
   waitForGuest,
 } from "./virtual-machine-guest.ts";
-import {
-  defaultDomainType,
-  hostFailures,
-  listNeighbours,
-  placeDisk,
-  placeDiskRef,
-  placeImage,
-  PlacementError,
-} from "./virtual-machine-host.ts";
+import { defaultDomainType, placeDisk, placeDiskRef, placeImage } from "./virtual-machine-host.ts";
 import { type VirtualMachineArgs, VirtualMachineSchema } from "./virtual-machine-schema.ts";
 import {
   domainSpec,
@@ -101,6 +101,7 @@ export const MACHINE_CHANGES: Readonly<Record<keyof MachineInputs, PropertyChang
   onRestartRequired: "live",
   shutdownTimeoutSeconds: "live",
   onShutdownTimeout: "live",
+  preflight: "live",
   origin: "live",
   macAddresses: "restart",
   diskPaths: "restart",
@@ -108,7 +109,14 @@ export const MACHINE_CHANGES: Readonly<Record<keyof MachineInputs, PropertyChang
   declared: "live",
 };
 
-export const virtualMachine: Resource<MachineInputs, MachineState> = { check, diff, create, read, update, delete: remove };
+export const virtualMachine: Resource<MachineInputs, MachineState> = {
+  check,
+  diff,
+  create: (context, inputs) => changing(openHost(context, inputs.host), () => create(context, inputs)),
+  read,
+  update: (context, id, olds, news) => changing(openHost(context, news.host), () => update(context, id, olds, news)),
+  delete: (context, id, state) => changing(openHost(context, state.host), () => remove(context, id, state)),
+};
 
 async function check(context: Context, olds: MachineInputs | undefined, declared: unknown) {
   const news: Record<string, unknown> = Object.fromEntries(
@@ -119,9 +127,10 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   if (host !== undefined) news["host"] = host;
   const unknown = Object.fromEntries(Object.entries(news).filter(([, value]) => hasUnknown(value)));
   const known = Object.fromEntries(Object.entries(news).filter(([key]) => !(key in unknown)));
-  const { args, failures } = parseArgs(VirtualMachineSchema, known);
-  const found = [...failures, ...bootFailures(news), ...(host === undefined ? [hostFailure] : [])];
-  if (!args || found.length > 0) return { inputs: news as never, failures: found };
+  const { args, failures: parsed } = parseArgs(VirtualMachineSchema, known);
+  const boot = judge(BOOT_RULES, { host, importedDisk: news["importedDisk"], image: news["image"] }, {});
+  const unfit = [...parsed, ...failuresOf(boot)];
+  if (!args || unfit.length > 0) return { inputs: news as never, failures: unfit };
 
   const identified = {
     ...args,
@@ -129,7 +138,8 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
     uuid: args.uuid ?? olds?.uuid ?? uuidOf(args.origin),
     declared: given,
   };
-  const combined = combinationFailures(identified);
+  const { settings, failures: unset } = settingsOf(context, args.preflight);
+  const combined = [...unset, ...failuresOf(judge(COMBINATION_RULES, identified, settings))];
   if (combined.length > 0) return { inputs: identified as never, failures: combined };
   if (args.host === undefined || Object.keys(unknown).length > 0) {
     return { inputs: { ...identified, ...unplaced(identified, olds), ...unknown } as never, failures: [] };
@@ -137,16 +147,11 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   try {
     const opened = openHost(context, args.host);
     const inputs = await place(opened, { ...identified, host: args.host }, olds);
-    return { inputs, failures: await inputFailures(context, opened, inputs, olds) };
+    return { inputs, failures: conclude(context, inputs, await judgeInputs(context, opened, inputs, { olds, settings })) };
   } catch (error) {
-    return { inputs: identified as never, failures: [failureOf(error)] };
+    return { inputs: identified as never, failures: conclude(context, identified, judgeTrouble(error)) };
   }
 }
-
-const hostFailure: CheckFailure = {
-  property: "host",
-  reason: "host: give a libvirt URI, here, with the imported disk, or as the stack's configuration virtlift:host",
-};
 
 /** The host that an imported disk or a template names. */
 function diskHost({ importedDisk, image }: Readonly<Record<string, unknown>>): unknown {
@@ -155,48 +160,7 @@ function diskHost({ importedDisk, image }: Readonly<Record<string, unknown>>): u
     .find((host) => host !== undefined);
 }
 
-function bootFailures({ importedDisk, image }: Readonly<Record<string, unknown>>): readonly CheckFailure[] {
-  if (importedDisk === undefined && image === undefined) {
-    return [
-      {
-        property: "importedDisk",
-        reason: "importedDisk: a machine boots from an `importedDisk` or from an `image`, and neither is given: give one",
-      },
-    ];
-  }
-  if (importedDisk === undefined || image === undefined) return [];
-  return [
-    { property: "image", reason: "image: a machine boots from an `importedDisk` or from an `image`, and both are given: remove one" },
-  ];
-}
-
 type Identified = VirtualMachineArgs & Pick<MachineInputs, "name" | "uuid" | "declared">;
-
-/** Properties that are each right, but not together. */
-function combinationFailures(args: Identified): readonly CheckFailure[] {
-  const failures: CheckFailure[] = [];
-  const fail = (property: string, sentence: string) => failures.push({ property, reason: `${property}: ${sentence}` });
-  if (args.secureBoot && args.firmware === "bios") fail("secureBoot", 'Secure Boot is of UEFI: set `firmware: "uefi"` too');
-  if (args.secureBoot && args.machine === "pc") fail("secureBoot", 'Secure Boot needs the chipset q35: set `machine: "q35"`');
-  if (args.machine === "q35" && args.bus === "ide") fail("bus", 'a q35 machine has no IDE: take "sata", or set `machine: "pc"`');
-  const names = new Set<string>();
-  for (const [index, { name, bus, device }] of args.disks.entries()) {
-    if (args.machine === "q35" && bus === "ide")
-      fail(`disks[${index}].bus`, 'a q35 machine has no IDE: take "sata", or set `machine: "pc"`');
-    if (device === "cdrom" && bus === "virtio") fail(`disks[${index}].bus`, 'there is no CD-ROM on virtio: take "sata" or "scsi"');
-    if (name !== undefined && names.has(name))
-      fail(`disks[${index}].name`, `two blank disks of this machine are named ${name}: choose another`);
-    if (name !== undefined) names.add(name);
-  }
-  for (const [index, { model }] of args.networks.entries()) {
-    if (args.machine === "pc" && model === "e1000e")
-      fail(`networks[${index}].model`, 'e1000e is a PCI Express card, which a pc machine has no slot for: take "e1000"');
-  }
-  if (args.domainType === "qemu" && args.cpu?.mode === "host-passthrough") {
-    fail("cpu.mode", 'host-passthrough needs KVM: take "maximum", or another `domainType`');
-  }
-  return failures;
-}
 
 /** What only the host can tell, in a preview that cannot ask it yet: as it was, or unknown. */
 function unplaced(args: Identified, olds: MachineInputs | undefined): Partial<Record<keyof MachineInputs, unknown>> {
@@ -273,51 +237,41 @@ function isSession(host: Host): boolean {
   return /\/session(?:[?#]|$)/.test(host.spec.uri);
 }
 
-/** What a user can mend, as a failure of the property that shows it; anything else is thrown on. */
-function failureOf(error: unknown): CheckFailure {
-  if (error instanceof PlacementError) return { property: error.property, reason: error.message };
-  if (error instanceof ConnectionError || error instanceof CommandError || error instanceof LibvirtError) {
-    return { property: "host", reason: `host: ${error.message}` };
-  }
-  throw error;
-}
-
-async function inputFailures(
+/** Throws what the host throws. */
+async function judgeInputs(
   context: Context,
   host: Host,
   inputs: MachineInputs,
-  olds: MachineInputs | undefined,
-): Promise<readonly CheckFailure[]> {
-  const libvirt = await host.libvirt();
+  { olds, settings }: { readonly olds: MachineInputs | undefined; readonly settings: PreflightSettings },
+): Promise<readonly Judgement[]> {
+  const deployment = deploymentOf(context.hosts);
   const isSameHost = olds !== undefined && daemonOf(olds.host) === daemonOf(inputs.host);
-  const ownUuid = isSameHost ? olds.uuid : undefined;
-  const neighbours = await listNeighbours(libvirt, { origin: inputs.origin, ownUuid });
-  const failures = await hostFailures({ host, inputs, neighbours });
-  if (!isSameHost || olds.name !== inputs.name || olds.uuid !== inputs.uuid) return failures;
-  return [...failures, ...sizeFailures(inputs, olds), ...(await restartFailures(context, libvirt, inputs, olds))];
+  if (olds && olds.origin !== inputs.origin) deployment.withdraw(olds.origin);
+  const facts = await gatherMachine(host, inputs, { deployment, ownUuid: isSameHost ? olds.uuid : undefined });
+  deployment.declareMachine(declaredMachine(inputs));
+  if (context.config("virtlift:showXml") === "true") showXml(context, inputs);
+  const judgements = judge(MACHINE_RULES, facts, settings);
+  if (!isSameHost || olds.name !== inputs.name || olds.uuid !== inputs.uuid) return judgements;
+  const restart = await restartsOf(context, await host.libvirt(), inputs, olds);
+  return [...judgements, ...judge(MACHINE_CHANGE_RULES, { name: inputs.name, resized: resizedDisks(inputs, olds), restart }, settings)];
 }
 
-function sizeFailures(inputs: MachineInputs, olds: MachineInputs): readonly CheckFailure[] {
-  return inputs.disks.flatMap((disk, index): readonly CheckFailure[] => {
+/** The definition as it will be sent, but for what libvirt fills in; one line of it a line. */
+function showXml(context: Context, inputs: MachineInputs): void {
+  const volumes = ownVolumes(inputs).map(({ path }) => ({ path, isUnfinished: false }));
+  for (const line of renderDomain(domainSpec(inputs, volumes)).trimEnd().split("\n")) tell(context, "info", `${inputs.name}: ${line}`);
+}
+
+function resizedDisks(inputs: MachineInputs, olds: MachineInputs): MachineChange["resized"] {
+  return inputs.disks.flatMap((disk, index) => {
     const old = olds.disks.find(({ path, size }) => path === disk.path && size !== undefined);
-    if (!old || old.size === disk.size || disk.size === undefined) return [];
-    const property = `disks[${index}].size`;
-    return [
-      {
-        property,
-        reason: `${property}: ${disk.path} was made with ${old.size} bytes and is not resized: undo the change, or give the new disk another \`name\``,
-      },
-    ];
+    if (old?.size === undefined || old.size === disk.size || disk.size === undefined) return [];
+    return [{ property: `disks[${index}].size`, path: disk.path, madeBytes: old.size }];
   });
 }
 
-/** A guest that runs is restarted with consent only; what is going to happen is said in either case. */
-async function restartFailures(
-  context: Context,
-  libvirt: Libvirt,
-  inputs: MachineInputs,
-  olds: MachineInputs,
-): Promise<readonly CheckFailure[]> {
+/** The properties whose change needs a restart that the user did not consent to. What is going to happen with consent is said. */
+async function restartsOf(context: Context, libvirt: Libvirt, inputs: MachineInputs, olds: MachineInputs): Promise<readonly string[]> {
   const properties = changesOf(olds, inputs)
     .filter(({ effect }) => effect === "restart")
     .map(({ property }) => property);
@@ -326,18 +280,14 @@ async function restartFailures(
   if (!domain || (await powerStateOf({ libvirt, domain })) === "stopped") return [];
   switch (inputs.onRestartRequired) {
     case "restart":
-      context.log("info", `${inputs.name}: the guest is restarted for ${properties.join(", ")}`);
+      tell(context, "info", `${inputs.name}: the guest is restarted for ${properties.join(", ")}`);
       return [];
     case "defer":
-      context.log("info", `${inputs.name}: ${properties.join(", ")} will change at the guest's next start`);
+      tell(context, "info", `${inputs.name}: ${properties.join(", ")} will change at the guest's next start`);
       return [];
     case "fail":
-      return properties.map((property) => ({ property, reason: `${property}: ${restartRefusal(inputs.name)}` }));
+      return properties;
   }
-}
-
-function restartRefusal(name: string): string {
-  return `${name} is running, and this changes at its next start only: set \`onRestartRequired\` to "restart" or "defer", or shut it down first`;
 }
 
 async function diff(_context: Context, _id: string, olds: MachineState, news: MachineInputs) {

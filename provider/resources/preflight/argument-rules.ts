@@ -1,0 +1,83 @@
+/** The rules about what a program declares, before any host is asked. Pure. */
+import type { VirtualMachineArgs } from "../virtual-machine-schema.ts";
+import type { Finding, Rule } from "./rule.ts";
+
+/** What a machine is declared with, as it came; what preview does not know is its sentinel. */
+export interface DeclaredBoot {
+  readonly host: unknown;
+  readonly importedDisk: unknown;
+  readonly image: unknown;
+}
+
+/** Asked also when other arguments are wrong. */
+export const BOOT_RULES: readonly Rule<DeclaredBoot>[] = [
+  {
+    id: "virtlift/no-boot-disk",
+    level: "block",
+    isFixed: true,
+    summary: "A machine boots from an `importedDisk` or from an `image`, and not exactly one of them is given.",
+    remedy: "Give one of them.",
+    test: ({ importedDisk, image }) => {
+      if ((importedDisk === undefined) !== (image === undefined)) return [];
+      const start = "a machine boots from an `importedDisk` or from an `image`, and";
+      return importedDisk === undefined
+        ? [{ property: "importedDisk", sentence: `${start} neither is given: give one` }]
+        : [{ property: "image", sentence: `${start} both are given: remove one` }];
+    },
+  },
+  {
+    id: "virtlift/no-host",
+    level: "block",
+    isFixed: true,
+    summary: "No host is given, neither here nor in the stack's configuration.",
+    remedy: "Give `host`, or `pulumi config set virtlift:host`.",
+    test: ({ host }) =>
+      host === undefined
+        ? [
+            {
+              property: "host",
+              sentence: "give a libvirt URI, here, with the imported disk, or as the stack's configuration virtlift:host",
+            },
+          ]
+        : [],
+  },
+];
+
+/** Arguments that are each right, but not together. */
+export const COMBINATION_RULES: readonly Rule<VirtualMachineArgs>[] = [
+  {
+    id: "virtlift/combination",
+    level: "block",
+    isFixed: true,
+    summary: "Arguments of the machine are each right, but no machine has them together: Secure Boot with BIOS, IDE on a q35, and so on.",
+    remedy: "The sentence says which of them to change.",
+    test: (args) => [...combinations(args)],
+  },
+];
+
+function* combinations(args: VirtualMachineArgs): Iterable<Finding> {
+  if (args.secureBoot && args.firmware === "bios")
+    yield { property: "secureBoot", sentence: 'Secure Boot is of UEFI: set `firmware: "uefi"` too' };
+  if (args.secureBoot && args.machine === "pc")
+    yield { property: "secureBoot", sentence: 'Secure Boot needs the chipset q35: set `machine: "q35"`' };
+  const noIde = 'a q35 machine has no IDE: take "sata", or set `machine: "pc"`';
+  if (args.machine === "q35" && args.bus === "ide") yield { property: "bus", sentence: noIde };
+  const names = new Set<string>();
+  for (const [index, { name, bus, device }] of args.disks.entries()) {
+    const property = `disks[${index}]`;
+    if (args.machine === "q35" && bus === "ide") yield { property: `${property}.bus`, sentence: noIde };
+    if (device === "cdrom" && bus === "virtio")
+      yield { property: `${property}.bus`, sentence: 'there is no CD-ROM on virtio: take "sata" or "scsi"' };
+    if (name !== undefined && names.has(name))
+      yield { property: `${property}.name`, sentence: `two blank disks of this machine are named ${name}: choose another` };
+    if (name !== undefined) names.add(name);
+  }
+  for (const [index, { model }] of args.networks.entries()) {
+    if (args.machine === "pc" && model === "e1000e") {
+      const sentence = 'e1000e is a PCI Express card, which a pc machine has no slot for: take "e1000"';
+      yield { property: `networks[${index}].model`, sentence };
+    }
+  }
+  if (args.domainType === "qemu" && args.cpu?.mode === "host-passthrough")
+    yield { property: "cpu.mode", sentence: 'host-passthrough needs KVM: take "maximum", or another `domainType`' };
+}

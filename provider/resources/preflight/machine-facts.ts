@@ -1,0 +1,102 @@
+/** Everything that the rules about a machine look at, gathered from its host and from what the deployment has said so far. Only reads. */
+import { posix } from "node:path";
+import { isNotFound } from "../../errors.ts";
+import type { Host } from "../../host/hosts.ts";
+import type { MachineOffer } from "../../libvirt/capabilities.ts";
+import type { Libvirt } from "../../libvirt/client.ts";
+import { daemonOf } from "../connect.ts";
+import { type MachineInputs, ownVolumes } from "../virtual-machine-spec.ts";
+import type { DeclaredMachine, Deployment } from "./deployment.ts";
+import { factsOf, type HostFolder, type HostMachine, type HostNature, type HostNetwork, type HostSystem } from "./host-facts.ts";
+import type { DiskOrigin } from "./source-facts.ts";
+
+export interface MachineFacts {
+  readonly inputs: MachineInputs;
+  readonly host: HostNature;
+  /** Undefined where the host gives no shell. */
+  readonly system: HostSystem | undefined;
+  /** What the host offers to machines of this type; undefined where libvirt cannot tell. */
+  readonly offer: MachineOffer | "unsupported" | undefined;
+  readonly networks: readonly HostNetwork[];
+  /** The host's other machines. */
+  readonly neighbours: readonly HostMachine[];
+  /** Of the volumes that are to be made for the machine: those that are there already and are not its own. */
+  readonly takenVolumes: ReadonlySet<string>;
+  /** The folders of its disks, as far as they are there. */
+  readonly folders: readonly HostFolder[];
+  /** The other machines of this deployment on the same host. */
+  readonly siblings: readonly DeclaredMachine[];
+  /** What the bytes tell of the disk that it boots from; undefined when they were not read in this deployment. */
+  readonly boot: DiskOrigin | undefined;
+}
+
+/** `ownUuid` is the machine's, when it was made by us before: it is no neighbour of itself. Throws what the host throws. */
+export async function gatherMachine(
+  host: Host,
+  inputs: MachineInputs,
+  { deployment, ownUuid }: { readonly deployment: Deployment; readonly ownUuid: string | undefined },
+): Promise<MachineFacts> {
+  const facts = factsOf(host);
+  const daemon = daemonOf(inputs.host);
+  const isOwn = ({ uuid, metadata }: HostMachine): boolean => uuid === ownUuid || metadata?.origin === inputs.origin;
+  const [nature, system, offer, networks, machines, folders] = await Promise.all([
+    facts.nature(),
+    facts.system(),
+    facts.offer(inputs.machine, inputs.domainType),
+    facts.networks(),
+    facts.machines(),
+    Promise.all([...new Set(inputs.diskPaths.map((path) => posix.dirname(path)))].map((folder) => facts.folder(folder))),
+  ]);
+  const known = machines.filter(isOwn).flatMap(({ metadata }) => metadata?.volumes.map(({ path }) => path) ?? []);
+  const wanted = ownVolumes(inputs).filter(({ path }) => !known.includes(path));
+  return {
+    inputs,
+    host: nature,
+    system,
+    offer,
+    networks,
+    neighbours: machines.filter((machine) => !isOwn(machine)),
+    takenVolumes: await existing(
+      await host.libvirt(),
+      wanted.map(({ path }) => path),
+    ),
+    folders: folders.filter((folder) => folder !== undefined),
+    siblings: deployment.otherMachines({ origin: inputs.origin, daemon }),
+    boot: deployment.contentAt(daemon, inputs.diskPaths[0] ?? ""),
+  };
+}
+
+/** The machine as the rules about others see it. */
+export function declaredMachine(inputs: MachineInputs): DeclaredMachine {
+  const { origin, name, uuid, macAddresses, memoryMiB, powerState } = inputs;
+  return {
+    origin,
+    daemon: daemonOf(inputs.host),
+    name,
+    uuid,
+    macs: macAddresses,
+    writablePaths: inputs.diskPaths.filter((_, index) => isWritable(inputs, index)),
+    memoryMiB,
+    isRunning: powerState === "running",
+  };
+}
+
+/** Whether the guest may write to the disk at `index` of `diskPaths`, the boot disk first. */
+export function isWritable(inputs: MachineInputs, index: number): boolean {
+  const further = inputs.disks[index - 1];
+  return !further?.readOnly && further?.device !== "cdrom";
+}
+
+async function existing(libvirt: Libvirt, paths: readonly string[]): Promise<ReadonlySet<string>> {
+  const found = await Promise.all(
+    paths.map(async (path) => {
+      try {
+        return [(await libvirt.storageVolLookupByPath(path)).key];
+      } catch (error) {
+        if (isNotFound(error)) return [];
+        throw error;
+      }
+    }),
+  );
+  return new Set(found.flat());
+}

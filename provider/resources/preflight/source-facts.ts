@@ -1,0 +1,49 @@
+/** What a source tells about the disk and the guest on it: header, sizes, partition table, and the package that it came in. Only reads. */
+import type { DiskImage } from "../../image/image.ts";
+import type { Digest } from "../../image/manifest.ts";
+import type { OvfPackage, PackagedDisk } from "../../image/ova.ts";
+import { PARTITION_TABLE_BYTES, type PartitionTable, readPartitions } from "../../image/partitions.ts";
+import { readGuestStart } from "../../transfer/guest-start.ts";
+import type { OpenSource } from "../../transfer/source.ts";
+
+/** What the bytes tell about the guest. */
+export interface DiskOrigin {
+  /** undefined when the start of the disk is damaged. */
+  readonly partitions: PartitionTable | undefined;
+  /** The machine that the disk was packed with, and which of its disks it is; undefined outside of a package. */
+  readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
+}
+
+export interface SourceFacts extends DiskOrigin {
+  /** The path as declared. */
+  readonly path: string;
+  readonly format: DiskImage["format"];
+  readonly variant: string;
+  readonly virtualSizeBytes: number;
+  /** An upper bound of the guest's data in it: what is sent for a sparse volume. */
+  readonly dataBytes: number;
+  /** What vouches for each of the files. */
+  readonly digests: readonly (Digest | undefined)[];
+  /** What the parsers noted, one sentence each. */
+  readonly notes: readonly string[];
+}
+
+/** Throws DiskError when the image's tables are refused, or a file cannot be read. */
+export async function gatherSource(source: OpenSource): Promise<SourceFacts> {
+  const { path, image, files, packed, notes } = source;
+  const runs = await source.runs();
+  const allocatedBytes = files.reduce((sum, file) => sum + file.allocatedBytes, 0);
+  const start = await readGuestStart(source, runs, Math.min(PARTITION_TABLE_BYTES, image.virtualSizeBytes));
+  return {
+    path,
+    format: image.format,
+    variant: image.variant,
+    virtualSizeBytes: image.virtualSizeBytes,
+    // Plain data cannot be more than what the files occupy, holes left out.
+    dataBytes: image.format === "raw" ? Math.min(runs.dataBytes, allocatedBytes) : runs.dataBytes,
+    digests: files.map(({ expected }) => expected),
+    notes,
+    partitions: start && readPartitions(start),
+    packed,
+  };
+}
