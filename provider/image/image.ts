@@ -48,4 +48,6 @@ export interface RunList extends Iterable<Run> {
   readonly count: number;
   /** Bytes of guest data that the runs cover. */
   readonly dataBytes: number;
+  /** The same runs, sorted by their offset in the guest's disk. */
+  inGuestOrder(): Iterable<Run>;
 }

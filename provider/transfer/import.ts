@@ -7,6 +7,7 @@ import { isZero } from "../image/bytes.ts";
 import type { RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { readsFarReferences } from "./canary.ts";
+import { verifyContent } from "./content.ts";
 import { HashThread } from "./hash-thread.ts";
 import { openPartFile } from "./part-file.ts";
 import type { Part } from "./part.ts";
@@ -26,6 +27,8 @@ export interface ImportOptions extends PumpOptions {
   readonly capacityBytes: number;
   /** What is kept in the volume (qcow2) or beside it (raw), given what is known at the end. Plain JSON, at most 8 KiB. */
   readonly stamp: (digests: { readonly sourceDigest: string; readonly contentDigest: string; readonly importedAt: number }) => object;
+  /** `content`: besides, what the host's own qemu-img reads from the finished volume is compared with the source. Default `digest`. */
+  readonly verify?: "digest" | "content";
   /** Write a volume of this pool through libvirt's upload stream. Default: a part file, written by a program on the host. */
   readonly upload?: { readonly pool: string; readonly isBlock: boolean; readonly patienceMs?: number } | undefined;
 }
@@ -81,6 +84,10 @@ async function discard(part: Part, open: () => Promise<Part>): Promise<void> {
 }
 
 async function fill(host: Host, part: Part, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
+  if (options.verify === "content" && part.readGuest === undefined) {
+    const message = `the content of ${options.finalPath} cannot be verified on ${host.label}, where no program of ours may run: drop \`verify: "content"\``;
+    throw new DiskError(message, { step: "verify", path: options.finalPath });
+  }
   await part.resume();
   const runs = await source.runs();
   await using target =
@@ -90,6 +97,11 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   await source.assertUnchanged();
   const importedAt = await part.closingTime();
   await target.seal(Buffer.from(JSON.stringify(options.stamp({ sourceDigest, contentDigest, importedAt }))));
+  if (options.verify === "content" && part.readGuest) {
+    const { capacityBytes, signal, finalPath: path, format } = options;
+    await verifyContent(await part.readGuest(format), source, runs, { capacityBytes, signal, path, place: host.label });
+    await source.assertUnchanged();
+  }
   const { allocatedBytes } = await part.publish(importedAt);
   return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt };
 }

@@ -14,7 +14,7 @@ done
 
 /** Under the lock, so that a writer who came in between keeps his part. */
 const REMOVE = `
-flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.stamp" || exit 75
+flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.stamp" "$1/$2.guest" || exit 75
 rm -f -- "$1/$2.lock"
 rmdir -- "$1" 2>/dev/null
 exit 0

@@ -4,7 +4,7 @@ import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
 import { CommandError, DiskError } from "../errors.ts";
 import type { Host, HostStream } from "../host/hosts.ts";
-import { type Part, pathTaken } from "./part.ts";
+import { type GuestOnHost, type Part, pathTaken } from "./part.ts";
 import { RECEIVER } from "./receiver.ts";
 
 /** Frames end at multiples of this: large enough that the host's two processes a frame cost nothing, small enough to hold a few. */
@@ -15,6 +15,9 @@ const MAX_FRAMES_IN_FLIGHT = 2;
 
 /** Gaps up to this are filled with zeros rather than beginning a new frame. */
 const MAX_FILLED_GAP_BYTES = 64 * 1024;
+
+/** The most extents of a disk's content that a host may tell: more than a file system makes of any disk. */
+const MAX_EXTENTS = 1 << 22;
 
 /** How long a dying predecessor may keep its lock, unless told otherwise. */
 const LOCK_PATIENCE_MS = 15_000;
@@ -151,6 +154,20 @@ export class PartFile implements Part {
     return digest;
   }
 
+  async readGuest(format: "qcow2" | "raw"): Promise<GuestOnHost> {
+    await this.#send(`guest ${format}\n`);
+    const extents: { offset: number; lengthBytes: number }[] = [];
+    for (;;) {
+      const answer = await this.#answers.next();
+      const [verb, ...numbers] = answer.split(" ");
+      const [first = Number.NaN, second = Number.NaN] = numbers.map(Number);
+      if (verb === "data" && second > 0 && extents.length < MAX_EXTENTS) extents.push({ offset: first, lengthBytes: second });
+      else if (verb === "guest" && first >= 0)
+        return { sizeBytes: first, extents, digest: (offset, lengthBytes) => this.#guestDigest(offset, lengthBytes) };
+      else throw this.#unexpected(answer);
+    }
+  }
+
   /** Keeps `stamp` beside the part, bound to its inode: for formats that have no room for one. */
   async stamp(stamp: Uint8Array): Promise<void> {
     await this.#command(Buffer.concat([Buffer.from(`stamp ${stamp.length}\n`), stamp]));
@@ -184,6 +201,14 @@ export class PartFile implements Part {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#stream.io.end();
     await this.#stream[Symbol.asyncDispose]();
+  }
+
+  async #guestDigest(offset: number, lengthBytes: number): Promise<string> {
+    await this.#send(`content ${offset} ${lengthBytes}\n`);
+    const answer = await this.#answers.next();
+    const have = parseHave(answer);
+    if (!have) throw this.#unexpected(answer);
+    return have.digest;
   }
 
   async #seek(position: number): Promise<void> {

@@ -21,12 +21,23 @@ export interface Part extends AsyncDisposable {
   digest(offset: number): Promise<string>;
   /** Keeps a stamp beside the part, for formats that have no room for one, where there is a place for it. */
   stamp(stamp: Uint8Array): Promise<void>;
+  /** Lets the host's own qemu-img read the disk, once it is whole and sealed. Absent where no program of ours may run on the host. */
+  readGuest?(format: "qcow2" | "raw"): Promise<GuestOnHost>;
   /** The time for the stamp, in seconds since 1970: a whole one, which `publish` sets, or half of one, by which `isUntouched` knows that none can be set. */
   closingTime(): Promise<number>;
   /** Makes the volume of it, modified at `modifiedSeconds` where that can be set. Throws PathTaken when the path exists by now. */
   publish(modifiedSeconds: number): Promise<{ readonly allocatedBytes: number }>;
   /** Removes the part and all that belongs to it. */
   discard(): Promise<void>;
+}
+
+/** The guest's disk as the host's qemu-img reads it. */
+export interface GuestOnHost {
+  readonly sizeBytes: number;
+  /** Where it may be other than zeros, ascending. */
+  readonly extents: readonly { readonly offset: number; readonly lengthBytes: number }[];
+  /** The SHA-256 of a range, in hex. */
+  digest(offset: number, lengthBytes: number): Promise<string>;
 }
 
 /** Something of that name is there already, and it is not ours to overwrite. */

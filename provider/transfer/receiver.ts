@@ -14,6 +14,8 @@
  * | `sync`                | makes part and folder durable                                       | `ok`                                       |
  * | `digest OFFSET`       | hashes the part from OFFSET to its end                              | `digest SHA256`                            |
  * | `stamp LENGTH`        | keeps the LENGTH bytes that follow beside the part, with its inode  | `ok`                                       |
+ * | `guest FORMAT`        | has qemu-img read the part into a raw file beside it                | `data OFFSET LENGTH`..., then `guest SIZE` |
+ * | `content OFFSET LENGTH` | hashes a range of what qemu-img read                              | `have OFFSET LENGTH SHA256`                |
  * | `publish SECONDS`     | sets the time, links the part to the path without overwriting       | `published BYTES-ALLOCATED`, or `exists`   |
  * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
  *
@@ -26,12 +28,12 @@ export const RECEIVER = `
 set -u
 umask 077
 work=$1 id=$2 final=$3
-part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp
+part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp guest=$work/$id.guest
 fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 0; }
 if command -v openssl >/dev/null 2>&1; then sha='openssl dgst -sha256 -r'; else sha=sha256sum; fi
 hash() {
-  digest=$(dd if="$part" bs=1048576 iflag=skip_bytes,count_bytes skip="$1" count="$2" status=none | $sha)
-  printf 'have %s %s %s\\n' "$1" "$2" "\${digest%% *}"
+  digest=$(dd if="$1" bs=1048576 iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none | $sha)
+  printf 'have %s %s %s\\n' "$2" "$3" "\${digest%% *}"
 }
 [ ! -L "$work" ] || fail "$work is a symbolic link"
 tries=0
@@ -43,21 +45,23 @@ while :; do
   tries=$((tries + 1))
   [ "$tries" -lt 20 ] || fail "the lock $lock keeps changing"
 done
-finish() { rm -f -- "$lock"; rmdir -- "$work" 2>/dev/null; }
+finish() { rm -f -- "$lock" "$guest"; rmdir -- "$work" 2>/dev/null; }
 [ ! -e "$final" ] && [ ! -L "$final" ] || { [ -e "$part" ] || finish; echo exists; exit 0; }
 : >>"$part"
+rm -f -- "$guest"
+trap 'rm -f -- "$guest"' EXIT
 echo ready
 while IFS=' ' read -r verb first second; do
   case $verb in
   resume)
     if [ -f "$journal" ]; then
-      sort -u -- "$journal" | while IFS=' ' read -r offset length; do hash "$offset" "$length"; done
+      sort -u -- "$journal" | while IFS=' ' read -r offset length; do hash "$part" "$offset" "$length"; done
     fi
     echo ok ;;
   write)
     message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
     message=$({ printf '%s %s\\n' "$first" "$second" >>"$journal"; } 2>&1) || fail "cannot write $journal: $message"
-    hash "$first" "$second" 9>&- </dev/null & ;;
+    hash "$part" "$first" "$second" 9>&- </dev/null & ;;
   size)
     message=$(truncate -s "$first" -- "$part" 2>&1) || fail "$message"
     echo ok ;;
@@ -75,6 +79,15 @@ while IFS=' ' read -r verb first second; do
     { stat -c %i -- "$part" && dd bs=65536 iflag=fullblock,count_bytes count="$first" status=none; } >"$stamp" || fail "cannot write $stamp"
     sync -- "$stamp" "$work"
     echo ok ;;
+  guest)
+    command -v qemu-img >/dev/null 2>&1 || fail "qemu-img is not installed there, and the content of the disk is to be verified with it"
+    message=$(qemu-img convert -f "$first" -O raw "$part" "$guest" 2>&1 9>&- </dev/null) || fail "$message"
+    qemu-img map -f raw "$guest" 9>&- </dev/null | tail -n +2 | while IFS=' ' read -r offset length rest; do
+      printf 'data %s %s\\n' "$((offset))" "$((length))"
+    done
+    printf 'guest %s\\n' "$(stat -c %s -- "$guest")" ;;
+  content)
+    hash "$guest" "$first" "$second" 9>&- </dev/null ;;
   publish)
     message=$(chmod 0600 -- "$part" 2>&1 && touch -d "@$first" -- "$part" 2>&1 && sync -- "$part" 2>&1) || fail "$message"
     if message=$(ln -T -- "$part" "$final" 2>&1); then

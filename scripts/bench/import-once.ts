@@ -41,6 +41,7 @@ const { sentBytes } = await importDisk(hosts.open(request.host), source, {
   finalPath: request.finalPath,
   format: request.format,
   layout: request.layout,
+  verify: request.verify,
   capacityBytes: source.image.virtualSizeBytes,
   stamp: (ends) => ({ importId: "bench", ...ends }),
   signal: new AbortController().signal,

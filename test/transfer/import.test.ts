@@ -89,7 +89,7 @@ describe("an import", () => {
       if (convert.length > 0) await qemuImg("convert", "-f", "raw", ...convert, raw, file);
       for (const [format, layout] of TARGETS) {
         const finalPath = join(bench.pool, `${format}-${layout}`);
-        const result = await bench.run({ file }, { finalPath, format, layout, id: `${format}-${layout}` });
+        const result = await bench.run({ file }, { finalPath, format, layout, id: `${format}-${layout}`, verify: "content" });
         if (format === "qcow2") await qemuImg("check", "-f", "qcow2", finalPath);
         const found = await guestByQemu(finalPath, format, bench.path("back.raw"));
         expect(sha256(found.subarray(0, guest.length))).toBe(sha256(guest));
