@@ -1,0 +1,258 @@
+import { createHash } from "node:crypto";
+import { appendFile, readdir, readFile, stat } from "node:fs/promises";
+import { homedir, userInfo } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { createHosts } from "../../provider/host/open.ts";
+import { type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
+import type { Context } from "../../provider/resources/resource.ts";
+import { runCommand } from "../../scripts/setup/command.ts";
+import { openDirectory } from "../bed/directory.ts";
+import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
+import { guestByQemu, mixedGuest, writeRaw } from "../image/qemu.ts";
+
+const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
+
+/** What the adapter gives to every call, with a source to import. */
+async function openCaller(host: object) {
+  const directory = await openDirectory("caller");
+  const hosts = createHosts({
+    environment: process.env,
+    homeDirectory: homedir(),
+    userName: userInfo().username,
+    userId: process.getuid!(),
+  });
+  const lines: string[] = [];
+  const context: Context = {
+    config: (key) => (key === "virtlift:host" ? JSON.stringify(host) : undefined),
+    log: (_level, text) => lines.push(text),
+    signal: new AbortController().signal,
+    hosts,
+  };
+  const guest = mixedGuest();
+  const file = await writeRaw(join(directory.path, "disk.raw"), guest);
+  const check = (name: string, more: object = {}, olds?: DiskInputs) =>
+    importedDisk.check(context, olds, { source: { file }, origin: `organization/project/stack/${name}`, ...more });
+  return {
+    context,
+    lines,
+    guest,
+    check,
+    path: (name: string) => join(directory.path, name),
+    /** Checks and creates; the check must pass. */
+    async create(name: string, more: object = {}): Promise<DiskState> {
+      const { inputs, failures } = await check(name, more);
+      expect(failures).toEqual([]);
+      return (await importedDisk.create(context, inputs)).state;
+    },
+    async [Symbol.asyncDispose]() {
+      await hosts.close();
+      await directory[Symbol.asyncDispose]();
+    },
+  };
+}
+
+function loginTo(kvm: KvmHost, user: string) {
+  return { uri: kvm.sshUri(user), identityFile: kvm.sshd.clientKey.path, knownHostsFile: kvm.sshd.knownHostsFile };
+}
+
+describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's upload stream", () => {
+  let kvm: KvmHost;
+  let forced: KvmHost;
+  let libvirtd: Libvirtd;
+  beforeAll(async () => {
+    [kvm, forced, libvirtd] = await Promise.all([
+      openKvmHost(),
+      openKvmHost({ name: "kvm2", sshdConfig: ["ForceCommand virt-ssh-helper qemu:///system", "AllowStreamLocalForwarding no"] }),
+      openLibvirtd(),
+    ]);
+    await kvm.run("chgrp", "libvirt", "/run/libvirt/libvirt-sock");
+    for (const name of ["manager", "forwarder"]) {
+      await kvm.addUser(name);
+      await kvm.run("usermod", "--append", "--groups", "libvirt", name);
+    }
+    await kvm.run("usermod", "--shell", "/usr/sbin/nologin", "forwarder");
+  }, 60_000);
+  afterAll(async () => {
+    await Promise.all([kvm, forced, libvirtd].map((each) => each[Symbol.asyncDispose]()));
+  });
+
+  const ways = {
+    "for a user who may use libvirt and not the pool's folder": () => ({
+      bed: kvm,
+      host: loginTo(kvm, "manager"),
+      reason: /manager may not write to .*images on manager@/,
+    }),
+    "for a user without a shell, by a forwarded socket": () => ({
+      bed: kvm,
+      host: loginTo(kvm, "forwarder"),
+      reason: /no commands can be run on forwarder@/,
+    }),
+    "where each login is forced to run virt-ssh-helper": () => ({
+      bed: forced,
+      host: loginTo(forced, "root"),
+      reason: /no commands can be run on root@/,
+    }),
+  };
+  for (const [way, open] of Object.entries(ways)) {
+    it(`${way}, and lives its whole life`, async () => {
+      const { bed, host, reason } = open();
+      await using caller = await openCaller(host);
+      const state = await caller.create("web", { migrationRef: "wave-3" });
+      expect(caller.lines[0]).toMatch(/^web-[0-9a-f]{8}: goes through libvirt's upload stream, since /);
+      expect(caller.lines[0]).toMatch(reason);
+      expect(state).toMatchObject({ path: `${bed.poolPath}/${state.volumeName}`, isUploaded: true });
+      expect(await bed.virsh("vol-dumpxml", "--pool", "default", state.volumeName)).toMatch(/<format type='qcow2'\/>/);
+      expect(sha256(await guestByQemu(state.path, "qcow2", caller.path("back.raw")))).toBe(sha256(caller.guest));
+      expect(await readdir(bed.poolPath)).toEqual([state.volumeName]);
+
+      expect(await importedDisk.read(caller.context, state.diskId, state)).toMatchObject({ id: state.diskId, state });
+      expect(
+        (await importedDisk.create(caller.context, (await caller.check("web", { migrationRef: "wave-3" })).inputs)).state,
+      ).toMatchObject({
+        contentDigest: state.contentDigest,
+      });
+      expect(caller.lines.at(-1)).toContain("was finished by an earlier run");
+
+      expect((await caller.check("web", { layout: "full" }, state)).failures).toEqual([]);
+      await new Promise((resolve) => setTimeout(resolve, 2500));
+      await appendFile(state.path, "guest");
+      expect((await caller.check("web", { layout: "full" }, state)).failures).toMatchObject([
+        { property: "layout", reason: expect.stringContaining("was written since its import") },
+      ]);
+
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(bed.poolPath)).toEqual([]);
+      expect(await importedDisk.read(caller.context, state.diskId, state)).toBeUndefined();
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+  }
+
+  it("as raw, is known by its state alone, and is never replaced without consent", async () => {
+    await using caller = await openCaller(loginTo(kvm, "manager"));
+    const state = await caller.create("plain", { format: "raw", name: "plain" });
+    expect(caller.lines[0]).toContain("a raw volume then carries no stamp");
+    expect(sha256(await readFile(state.path))).toBe(sha256(caller.guest));
+    expect((await caller.check("plain", { format: "raw", name: "other", layout: "full" }, state)).failures).toMatchObject([
+      { reason: expect.stringContaining("was written since its import") },
+    ]);
+    expect((await caller.check("stranger", { format: "raw", name: "plain" })).failures).toMatchObject([
+      { property: "name", reason: expect.stringContaining("exists on") },
+    ]);
+    await importedDisk.delete(caller.context, state.diskId, state);
+    expect(await readdir(kvm.poolPath)).toEqual([]);
+  });
+
+  it("is not deleted when its volume is another one by now", async () => {
+    await using caller = await openCaller(loginTo(kvm, "manager"));
+    const state = await caller.create("web", { name: "swapped" });
+    await kvm.run("sh", "-c", `echo somebody > ${state.path}`);
+    await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is not the disk that was imported there/);
+    await kvm.run("rm", state.path);
+  });
+
+  it("is refused in preview when it is too large for its pool", async () => {
+    await using caller = await openCaller(loginTo(kvm, "manager"));
+    const { failures } = await caller.check("web", { layout: "full", capacity: "900TiB" });
+    expect(failures).toMatchObject([{ property: "pool", reason: expect.stringMatching(/ free and the disk takes up to 900 TiB/) }]);
+  });
+
+  it("where the host lacks what the receiver needs", async () => {
+    await using caller = await openCaller(loginTo(kvm, "root"));
+    await kvm.run("mount", "--bind", "/dev/null", "/usr/bin/flock");
+    try {
+      const state = await caller.create("tools");
+      expect(caller.lines[0]).toMatch(/since root@\S+ lacks flock;/);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    } finally {
+      await kvm.run("umount", "/usr/bin/flock");
+    }
+  });
+
+  it("into a file system that only libvirt sees, and as a part file where commands see it too", async () => {
+    for (const { bed, host, isSeen } of [
+      { bed: libvirtd, host: { uri: libvirtd.uri }, isSeen: false },
+      { bed: kvm, host: loginTo(kvm, "root"), isSeen: true },
+    ]) {
+      await using pool = await openFsPool(bed);
+      await using caller = await openCaller(host);
+      const state = await caller.create("fs", { pool: pool.name });
+      expect(caller.lines.some((line) => line.includes("commands on this machine do not see the storage"))).toBe(!isSeen);
+      expect(state.isUploaded).toBe(isSeen ? undefined : true);
+      expect(await bed.virsh("vol-dumpxml", "--pool", pool.name, state.volumeName)).toMatch(/<format type='qcow2'\/>/);
+      await bed.run("cp", state.path, join(bed.directory, "copy.qcow2"));
+      const found = await guestByQemu(join(bed.directory, "copy.qcow2"), "qcow2", caller.path("back.raw"));
+      expect(sha256(found)).toBe(sha256(caller.guest));
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await bed.virsh("vol-list", pool.name)).not.toContain(state.volumeName);
+    }
+  });
+
+  it("into a partition, which is raw and has the name that libvirt gives it", async () => {
+    await using pool = await openDiskPool(libvirtd);
+    await using caller = await openCaller({ uri: libvirtd.uri });
+    const next = `${pool.device}p1`;
+    expect((await caller.check("part", { pool: "disk" })).failures).toMatchObject([
+      { property: "format", reason: expect.stringContaining('set `format: "raw"`') },
+      { property: "name", reason: expect.stringContaining(`set \`name: "${next}"\``) },
+    ]);
+    const declared = { pool: "disk", format: "raw", name: next };
+    expect((await caller.check("part", { ...declared, capacity: "1GiB" })).failures).toMatchObject([{ property: "pool" }]);
+    const state = await caller.create("part", declared);
+    expect(state).toMatchObject({ path: `/dev/${next}`, volumeName: next, isUploaded: true });
+    const device = await readFile(state.path);
+    expect(sha256(device.subarray(0, caller.guest.length))).toBe(sha256(caller.guest));
+    expect(await importedDisk.read(caller.context, state.diskId, state)).toMatchObject({ id: next });
+    expect((await caller.check("part", declared, state)).failures).toEqual([]);
+    expect((await caller.check("other", declared)).failures).toMatchObject([
+      { property: "name", reason: expect.stringContaining("exists on") },
+    ]);
+  });
+});
+
+/** Gives the daemon a pool of type `fs` on a loop device: it mounts that in its own name space. */
+async function openFsPool(bed: Libvirtd) {
+  await using stack = new AsyncDisposableStack();
+  const loop = stack.use(await openLoop());
+  await runCommand(["mkfs.ext4", "-q", loop.path]);
+  const { rdev } = await stat(loop.path);
+  await bed.run("mknod", loop.path, "b", "7", String(rdev & 0xff));
+  stack.defer(async () => void (await bed.run("rm", loop.path)));
+  const target = join(bed.directory, "fs");
+  await bed.virsh("pool-define-as", "fs", "fs", "--source-dev", loop.path, "--target", target);
+  stack.defer(async () => void (await bed.virsh("pool-undefine", "fs")));
+  await bed.virsh("pool-build", "fs");
+  await bed.virsh("pool-start", "fs");
+  stack.defer(async () => void (await bed.virsh("pool-destroy", "fs")));
+  const held = stack.move();
+  return { name: "fs", [Symbol.asyncDispose]: () => held.disposeAsync() };
+}
+
+/** Gives the daemon a pool of type `disk` on a loop device with an empty GPT, and the devices that the kernel makes. */
+async function openDiskPool(bed: Libvirtd) {
+  await using stack = new AsyncDisposableStack();
+  const loop = stack.use(await openLoop());
+  await bed.run("mount", "-t", "devtmpfs", "devtmpfs", "/dev");
+  stack.defer(async () => void (await bed.run("umount", "/dev")));
+  await bed.virsh("pool-define-as", "disk", "disk", "--source-dev", loop.path, "--source-format", "gpt", "--target", "/dev");
+  stack.defer(async () => void (await bed.virsh("pool-undefine", "disk")));
+  await bed.virsh("pool-build", "disk", "--overwrite");
+  await bed.virsh("pool-start", "disk");
+  stack.defer(async () => void (await bed.virsh("pool-destroy", "disk")));
+  const held = stack.move();
+  return { device: loop.path.slice("/dev/".length), [Symbol.asyncDispose]: () => held.disposeAsync() };
+}
+
+async function openLoop() {
+  const directory = await openDirectory("loop");
+  const file = join(directory.path, "disk.img");
+  await runCommand(["truncate", "-s", "128M", file]);
+  const path = (await runCommand(["losetup", "--find", "--show", "--partscan", file])).stdout.trim();
+  return {
+    path,
+    async [Symbol.asyncDispose]() {
+      await runCommand(["losetup", "--detach", path]);
+      await directory[Symbol.asyncDispose]();
+    },
+  };
+}
