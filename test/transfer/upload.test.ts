@@ -152,6 +152,30 @@ describe.skipIf(process.getuid!() !== 0)("an upload", () => {
     expect(sha256(await guestByQemu(bench.inPool("aborted"), "qcow2", bench.path("back.raw")))).toBe(sha256(guest));
   });
 
+  it("goes on after its process was killed in its middle", async () => {
+    await using bench = await openBench(libvirtd);
+    const guest = noise(80 * MIB);
+    const file = await writeRaw(bench.path("disk.raw"), guest);
+    const module = (path: string) => JSON.stringify(join(import.meta.dirname, "../../provider", path));
+    const program = `
+      import { createHosts } from ${module("host/open.ts")};
+      import { openUpload } from ${module("transfer/upload.ts")};
+      import { readFile } from "node:fs/promises";
+      const hosts = createHosts({ environment: {}, homeDirectory: "/", userName: "root", userId: 0 });
+      const options = { id: "killed", pool: "default", finalPath: ${JSON.stringify(bench.inPool("killed"))}, isBlock: false };
+      const part = await openUpload(hosts.open({ uri: ${JSON.stringify(libvirtd.uri)} }), {
+        ...options, capacityBytes: 0, writer: "child", signal: new AbortController().signal,
+      });
+      await part.write(0, (await readFile(${JSON.stringify(file)})).subarray(0, 70 << 20));
+      process.kill(process.pid, "SIGKILL");
+    `;
+    await expect(runCommand([process.execPath, "--input-type=module", "--eval", program])).rejects.toThrow(/SIGKILL/);
+    expect((await bench.look("killed"))?.mark).toEqual({ importId: "killed", writer: "child" });
+    const { keptBytes } = await bench.run(file, "killed", { format: "raw" });
+    expect(keptBytes).toBeGreaterThanOrEqual(40 * MIB);
+    expect(sha256(await readFile(bench.inPool("killed")))).toBe(sha256(guest));
+  });
+
   it("goes on after libvirtd was killed in its middle", async () => {
     await using bench = await openBench(libvirtd);
     const guest = noise(80 * MIB);
