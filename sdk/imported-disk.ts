@@ -34,6 +34,8 @@ export interface ImportedDiskState extends Omit<z.output<typeof ImportedDiskSche
   readonly sourceDigest: string;
   /** Digest of the volume's bytes as they were published: `sha256:<hex>`. */
   readonly contentDigest: string;
+  /** What was proved when it was imported: see `verify`. */
+  readonly verified: "digest" | "content";
 }
 
 /** A property that is not named to Pulumi here never becomes an output of the object. */
@@ -56,6 +58,8 @@ const OUTPUTS: Readonly<Record<keyof ImportedDiskState, undefined>> = {
   replaceWritten: undefined,
   source: undefined,
   sourceDigest: undefined,
+  verified: undefined,
+  verify: undefined,
   virtualSizeBytes: undefined,
   volumeName: undefined,
 };

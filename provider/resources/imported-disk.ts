@@ -4,7 +4,7 @@ import { posix } from "node:path";
 import type { z } from "zod";
 import { CommandError, ConnectionError, DiskError, isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
-import { formatBytes, formatSeconds, tellProgress } from "../transfer/progress.ts";
+import { formatBytes, formatSaving, formatSeconds, tellProgress } from "../transfer/progress.ts";
 import { importDisk } from "../transfer/import.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
 import { openSource, type OpenSource } from "../transfer/source.ts";
@@ -44,6 +44,8 @@ export interface DiskState extends DiskInputs {
   readonly sourceDigest: string;
   /** `sha256:<hex>` of the volume as published: a raw one whole, a qcow2 from its second cluster on. */
   readonly contentDigest: string;
+  /** What was proved when it was imported; absent in states of disks that were imported before that could be chosen: `digest`. */
+  readonly verified?: "digest" | "content";
   /** Set where the bytes went through libvirt's upload stream: a raw volume then carries no stamp. */
   readonly isUploaded?: true | undefined;
 }
@@ -61,6 +63,7 @@ export const DISK_CHANGES: Readonly<Record<keyof DiskInputs, "live" | "replace">
   layout: "replace",
   capacity: "replace",
   checksum: "live",
+  verify: "live",
   provenance: "live",
   migrationRef: "live",
   onDelete: "live",
@@ -205,6 +208,10 @@ async function uploadFailures(context: Context, host: Host, inputs: DiskInputs, 
       failures.push({ property: "pool", reason: `pool: ${where}, and libvirt there is older than 6.7: update it, or choose another pool` });
     }
   }
+  if (inputs.verify === "content") {
+    const reason = `verify: the content is read by a program on ${host.label}, and none may run, since ${place.uploadReason}: leave out \`verify\`; all is read back through libvirt anyway`;
+    failures.push({ property: "verify", reason });
+  }
   const isNew = place.file === undefined && place.partBytes === 0;
   const partition = pool.type === "disk" && isNew ? await nextPartition(host, pool) : inputs.volumeName;
   if (partition !== inputs.volumeName) {
@@ -240,7 +247,8 @@ async function sourceFailures(
   }
   const capacityBytes = Math.max(inputs.capacity ?? 0, image.virtualSizeBytes);
   const isWhole = inputs.layout === "full" || place.pool.isBlock;
-  const neededBytes = isWhole ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
+  const volumeBytes = isWhole ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
+  const neededBytes = inputs.verify === "content" ? volumeBytes * 2 : volumeBytes;
   if (place.freeBytes !== undefined && neededBytes > place.freeBytes + place.partBytes) {
     const reason = `pool: ${posix.dirname(inputs.path)} on ${host.label} has ${formatBytes(place.freeBytes)} free and the disk takes up to ${formatBytes(neededBytes)}: make room, or choose another pool`;
     failures.push({ property: "pool", reason });
@@ -307,33 +315,43 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
   const startedMs = performance.now();
   await using source = await openSource(inputs.source, { checksum: inputs.checksum });
   const virtualSizeBytes = Math.max(inputs.capacity ?? 0, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
-  const { importId, origin, provenance, migrationRef, source: from } = inputs;
+  const { importId, origin, provenance, migrationRef, source: from, verify: verified } = inputs;
   const result = await importDisk(host, source, {
     id: importId,
     finalPath: inputs.path,
     format: inputs.format,
     layout: inputs.layout,
     capacityBytes: virtualSizeBytes,
-    stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: from, virtualSizeBytes, ...ends }),
+    verify: verified,
+    stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: from, virtualSizeBytes, verified, ...ends }),
     signal: context.signal,
     upload: uploadReason === undefined ? undefined : { pool: pool.name, isBlock: pool.isBlock },
     onProgress: tellProgress(inputs.diskId, (line) => context.log("info", line)),
   });
   const seconds = (performance.now() - startedMs) / 1000;
+  const agreed = verified === "content" ? "its content is the source's, block by block" : "both ends agree on every byte";
   const kept = result.keptBytes > 0 ? `, ${formatBytes(result.keptBytes)} were there from an interrupted run` : "";
   context.log(
     "info",
-    `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} in ${formatSeconds(seconds)}${kept}; both ends agree on every byte`,
+    `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
   );
   const { sourceDigest, contentDigest, allocatedBytes } = result;
-  return { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, ...(uploadReason !== undefined && { isUploaded: true }) };
+  return {
+    virtualSizeBytes,
+    allocatedBytes,
+    sourceDigest,
+    contentDigest,
+    verified,
+    ...(uploadReason !== undefined && { isUploaded: true }),
+  };
 }
 
 /** The outputs of a volume that an earlier run published, from its stamp; undefined when the stamp does not tell them. */
 function outputsOf(stamp: Stamp, file: VolumeFile): Outputs | undefined {
   const { virtualSizeBytes, sourceDigest, contentDigest } = stamp as { [key: string]: unknown };
   if (typeof virtualSizeBytes !== "number" || typeof sourceDigest !== "string" || typeof contentDigest !== "string") return undefined;
-  return { virtualSizeBytes, allocatedBytes: file.allocatedBytes, sourceDigest, contentDigest };
+  const verified = stamp["verified"] === "content" ? "content" : "digest";
+  return { virtualSizeBytes, allocatedBytes: file.allocatedBytes, sourceDigest, contentDigest, verified };
 }
 
 async function read(context: Context, id: string, state: DiskState) {

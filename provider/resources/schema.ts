@@ -123,6 +123,12 @@ export const ImportedDiskSchema = z.strictObject({
     )
     .transform((checksum) => checksum.toLowerCase())
     .optional(),
+  /**
+   * How the import is proved before the volume is published. `digest` (default): both ends hash what was sent. `content`: besides, the host's own qemu-img
+   * reads the whole disk, and what its guest would see is compared with the source, read once more; for that time the host needs room for the disk's
+   * data a second time. Changing it later proves nothing anew.
+   */
+  verify: z.enum(["digest", "content"]).default("digest"),
   /** What the disk is: kept in the volume and in the machine's metadata. Default `migration`. */
   provenance: z.enum(["migration", "clone", "import", "snapshot"]).default("migration"),
   /** The user's own name for this migration; at most 200 characters. */

@@ -21,6 +21,12 @@ export function formatSeconds(seconds: number): string {
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
+/** What was saved on the wire: `88 % of its size saved`; `nothing saved` when as much or more was sent. */
+export function formatSaving(sentBytes: number, virtualSizeBytes: number): string {
+  const percent = Math.floor((1 - sentBytes / virtualSizeBytes) * 100);
+  return percent > 0 ? `${percent} % of its size saved` : "nothing saved";
+}
+
 /** No line earlier than this after the last: a quick copy needs none. */
 const QUIET_MS = 2000;
 
