@@ -144,7 +144,7 @@ describe.skipIf(process.getuid!() !== 0)("an upload", () => {
     const onProgress = (done: number) => {
       if (done > 60 * MIB) stop.abort(new Error("the engine is gone"));
     };
-    await expect(bench.run(file, "aborted", { onProgress, signal: stop.signal })).rejects.toThrow();
+    await expect(bench.run(file, "aborted", { onProgress, signal: stop.signal })).rejects.toThrow("the engine is gone");
     expect((await bench.look("aborted"))?.mark?.importId).toBe("aborted");
     const { sentBytes, keptBytes } = await bench.run(file, "aborted");
     expect(keptBytes).toBeGreaterThanOrEqual(16 * MIB);
@@ -200,7 +200,7 @@ describe.skipIf(process.getuid!() !== 0)("an upload", () => {
       const onProgress = (done: number) => {
         if (done >= 50 * MIB) stop.abort(new Error("cut"));
       };
-      await expect(bench.run(file, `changed-${format}`, { format, onProgress, signal: stop.signal })).rejects.toThrow();
+      await expect(bench.run(file, `changed-${format}`, { format, onProgress, signal: stop.signal })).rejects.toThrow("cut");
       const later = mixedGuest();
       await writeRaw(file, later);
       await bench.run(file, `changed-${format}`, { format });
@@ -279,7 +279,7 @@ describe.skipIf(process.getuid!() !== 0)("an upload", () => {
     const onProgress = (done: number) => {
       if (done >= 20 * MIB) stop.abort(new Error("cut"));
     };
-    await expect(bench.run(file, name, { format: "raw", onProgress, signal: stop.signal })).rejects.toThrow();
+    await expect(bench.run(file, name, { format: "raw", onProgress, signal: stop.signal })).rejects.toThrow("cut");
     expect(await bench.look(name)).toMatchObject({ isBlock: true, mark: { importId: name } });
     const result = await bench.run(file, name, { format: "raw" });
     const bytes = await readFile(`/dev/${name}`);
