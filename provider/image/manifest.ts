@@ -48,6 +48,16 @@ export function parseManifest(text: string): Manifest {
   return digests;
 }
 
+/** Reads a list of digests as servers keep them: as `parseManifest`, but lines of any other kind (comments, a signature around it) are skipped. */
+export function parseDigestList(text: string): Manifest {
+  return parseManifest(
+    text
+      .split("\n")
+      .filter((line) => parseLine(line.trim()) !== undefined)
+      .join("\n"),
+  );
+}
+
 /** Reads a digest as a user declares it: `sha256:<hex>`, also sha1 and sha512, in any case. Throws ImageError saying what is wrong with it. */
 export function parseDigest(text: string): Digest {
   const match = /^(sha1|sha256|sha512):([0-9a-f]+)$/i.exec(text.trim());

@@ -77,6 +77,11 @@ function damaged(headers: number, offset: number): string {
     : `the tar header at offset ${offset} does not match its checksum: the archive is damaged`;
 }
 
+/** Whether a file that begins with these 512 bytes is a tar archive: an old one has no magic, but any has its checksum. */
+export function isTar(start: Uint8Array): boolean {
+  return start.length >= BLOCK_BYTES && !isZero(start.subarray(0, BLOCK_BYTES)) && hasChecksum(start.subarray(0, BLOCK_BYTES));
+}
+
 /** Links, devices, folders and pipes have none behind their header, whatever their size field says. */
 function holdsData(type: string): boolean {
   return !"123456".includes(type);

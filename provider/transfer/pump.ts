@@ -60,7 +60,8 @@ export async function pump(source: OpenSource, runs: RunList, target: Target, op
       else await pending.add(recode(run, await reader.take(run.fileOffset, run.storedBytes), source, target));
     }
     await pending.drain();
-    digests.push(await reader.finish());
+    const digest = await reader.finish();
+    digests.push(file.wrappedDigest ?? digest);
   }
   if (digests.length === 1) return `sha256:${digests[0]}`;
   const lines = files.map((file, index) => `${digests[index]}  ${file.name}\n`);

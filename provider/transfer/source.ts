@@ -1,50 +1,71 @@
-/** Where a disk's bytes come from: files on this machine and members of an OVA, opened, parsed and watched for changes. */
-import { constants } from "node:fs";
-import { open, type FileHandle } from "node:fs/promises";
-import { basename, dirname, join } from "node:path";
+/** Where a disk's bytes come from: files of this machine or of a web server, alone or in a package, wrapped or not; opened, parsed and watched for changes. */
+import { tmpdir } from "node:os";
 import { DiskError } from "../errors.ts";
 import type { DiskImage, ImageFormat, RunList } from "../image/image.ts";
 import { openImage } from "../image/open.ts";
-import { type Digest, parseDigest } from "../image/manifest.ts";
+import type { Digest } from "../image/manifest.ts";
 import { openOva, openOvf, type OvfPackage, type PackagedDisk, selectDisk } from "../image/ova.ts";
-import { ImageError, MAX_READ_BYTES, type Answer, type Ask, type Parser } from "../image/parser.ts";
+import { ImageError } from "../image/parser.ts";
+import { isTar } from "../image/tar.ts";
+import type { Wrapping } from "../image/wrapping.ts";
+import { resolveChecksum } from "./checksum.ts";
+import { LocalFolder } from "./files.ts";
+import { shownUrl, urlFileName, type WebSpec } from "./http.ts";
+import { formatBytes } from "./progress.ts";
+import { drive, type Folder, Range, type Resolve } from "./range.ts";
+import { scratchRoom } from "./scratch.ts";
+import { chunksOf, declaredInside, digestOf, findWrapping, peekInside, stage } from "./unwrap.ts";
+import { WebFolder } from "./url.ts";
 
-/** Blocks that the parsers' many small reads are answered from. */
-const BLOCK_BYTES = 256 * 1024;
-const CACHED_BLOCKS = 16;
+/** What tells a tar archive, and with it an OVA. */
+const TAR_SNIFF_BYTES = 512;
 
-/** Beyond this many questions a parser runs in circles: a 16 TiB disk's tables take fewer. */
-const MAX_ASKS = 4_000_000;
-
-/** Names beside an image: plain ones only, so that no header leads to another folder. */
-const PLAIN_NAME = /^[^/\\\0]+$/;
-
-/** A range of a file on this machine. */
+/** A range of a file on this machine or a server. */
 export interface SourceFile {
   /** The name that messages show. */
   readonly name: string;
   readonly sizeBytes: number;
-  /** What the file occupies on this machine, holes left out; a member of an archive counts in full. */
+  /** What the file occupies where it lies, holes left out; a member of an archive counts in full. */
   readonly allocatedBytes: number;
-  /** What the file's bytes must hash to; undefined when nobody says. */
+  /** What the file's bytes must hash to; undefined when nobody says, and where that was compared already. */
   readonly expected: Digest | undefined;
+  /** SHA-256 in hex of the file as the user has it, where other bytes are read: those that were inside. */
+  readonly wrappedDigest: string | undefined;
   /** At most `length` bytes at `offset`, fewer only at the end. The buffer is the caller's. */
   read(offset: number, length: number): Promise<Buffer>;
 }
 
-/** What a user may declare as a source. */
-export type SourceSpec = { readonly file: string } | { readonly ova: string; readonly disk?: string | number | undefined };
+/** Which disk of a package: its index in the hardware's order, or its file's name; undefined for the only one. */
+export type DiskChoice = string | number | undefined;
+
+/** What a user may declare as a source whose bytes pass through this machine. */
+export type SourceSpec =
+  | { readonly file: string }
+  | { readonly ova: string; readonly disk?: DiskChoice }
+  | (WebSpec & { readonly disk?: DiskChoice });
+
+export interface SourceOptions {
+  /** The user's own digest of the file that is named, as it lies there: `sha256:<hex>`, or the URL of a list of digests. */
+  readonly checksum?: string | undefined;
+  /** Has the bytes taken for this format. */
+  readonly format?: ImageFormat;
+  /** Where temporary copies lie. Default: the system's temporary folder. */
+  readonly scratchFolder?: string | undefined;
+  readonly signal?: AbortSignal | undefined;
+  /** How long a web server may be silent. Default 60,000. */
+  readonly silenceMs?: number | undefined;
+}
 
 /** An open source. Close it with `await using`. */
 export interface OpenSource extends AsyncDisposable {
-  /** The path as declared. */
+  /** The path as declared; of a URL, without its query. */
   readonly path: string;
   readonly image: DiskImage;
   /** The files of `image.files`, in the same order. */
   readonly files: readonly SourceFile[];
   /** The machine that the disk was packed with, and which of its disks it is; undefined outside of an OVA or OVF. */
   readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
-  /** Sentences for the user: what the parsers noted, and whether a digest vouches for the source. */
+  /** Sentences for the user: what the parsers noted, what was staged, and whether a digest vouches for the source. */
   readonly notes: readonly string[];
   /** Reads the image's tables: what lies where in the files. Throws DiskError (step "header") when they are refused. */
   runs(): Promise<RunList>;
@@ -52,271 +73,256 @@ export interface OpenSource extends AsyncDisposable {
   assertUnchanged(): Promise<void>;
 }
 
+/** What can be said, without a long read, of a source that is copied to a temporary file before it is imported. */
+export interface StagedOutlook {
+  readonly path: string;
+  /** The image inside, as far as its first bytes tell; undefined where they do not. */
+  readonly image: { readonly format: ImageFormat; readonly variant: string; readonly virtualSizeBytes: number } | undefined;
+  readonly notes: readonly string[];
+}
+
 /**
- * Opens a source and parses its header.
+ * Opens a source and parses its header. What is wrapped, and what a server gives no ranges of, is first copied into a temporary file without a name,
+ * which may take long: `lookAhead` tells before whether it will.
  *
- * `checksum` is the user's own digest of the disk file, in the form `sha256:<hex>`; else an OVF manifest's counts. `format` is only given to have
- * the bytes taken for it. Throws DiskError: step "source" when a file cannot be read, step "header" when its bytes are refused.
+ * Without `checksum` an OVF manifest's digest counts. Throws DiskError: step "source" when a file cannot be read or has another digest, step "header"
+ * when its bytes are refused; ConnectionError when a server cannot be reached.
  */
-export async function openSource(
-  spec: SourceSpec,
-  options: { readonly checksum?: string | undefined; readonly format?: ImageFormat } = {},
-): Promise<OpenSource> {
-  const path = "file" in spec ? spec.file : spec.ova;
-  const folder = new Folder(path);
+export async function openSource(spec: SourceSpec, options: SourceOptions = {}): Promise<OpenSource> {
+  const opening = new Opening(spec, options);
   try {
-    return await parse(folder, spec, path, options);
+    return await opening.open();
   } catch (error) {
-    await folder.close();
-    throw refused(path, error);
+    await opening.close();
+    throw refused(opening.path, error);
   }
+}
+
+/** What is known beforehand of a source that has to be staged; undefined when it has not, and `openSource` is quick. Throws as `openSource` does. */
+export async function lookAhead(spec: SourceSpec, options: SourceOptions = {}): Promise<StagedOutlook | undefined> {
+  const opening = new Opening(spec, options);
+  try {
+    return await opening.lookAhead();
+  } catch (error) {
+    throw refused(opening.path, error);
+  } finally {
+    await opening.close();
+  }
+}
+
+/** The source as messages and stamps name it: no query, no header. */
+export function shownSource(spec: SourceSpec): string {
+  if ("url" in spec) return shownUrl(spec.url);
+  return "file" in spec ? spec.file : spec.ova;
 }
 
 function refused(path: string, error: unknown): unknown {
   return error instanceof ImageError ? new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error }) : error;
 }
 
-async function parse(
-  folder: Folder,
-  spec: SourceSpec,
-  path: string,
-  options: { readonly checksum?: string | undefined; readonly format?: ImageFormat },
-): Promise<OpenSource> {
-  const { resolve, packed, notes } = "ova" in spec ? await unpack(folder, spec.ova, spec.disk) : plain(folder);
-  const disk = await resolve("");
-  const image = await drive(openImage({ sizeBytes: disk.sizeBytes, ...(options.format && { format: options.format }) }), resolve);
-  const declared = options.checksum === undefined ? undefined : parseDigest(options.checksum);
-  const files: SourceFile[] = [];
-  for (const { name } of image.files) {
-    const file = await resolve(name);
-    const expected = (name === "" ? declared : undefined) ?? packed?.package.manifest?.get(file.name);
-    const { sizeBytes, allocatedBytes } = file;
-    files.push({ name: file.name, sizeBytes, allocatedBytes, expected, read: (offset, length) => file.read(offset, length) });
-  }
-  const isVouched = files.every((file) => file.expected !== undefined);
-  return {
-    path,
-    image,
-    files,
-    packed,
-    notes: [
-      ...notes,
-      ...image.notes,
-      ...(isVouched ? [] : ["no checksum vouches for the source: give `checksum`, or an OVA with a manifest"]),
-    ],
-    runs: async () => {
-      try {
-        return await drive(image.runs(), resolve);
-      } catch (error) {
-        throw refused(path, error);
-      }
-    },
-    assertUnchanged: () => folder.assertUnchanged(),
-    [Symbol.asyncDispose]: () => folder.close(),
-  };
+/** A range, and what was done to have it. */
+interface Ready {
+  readonly range: Range;
+  readonly wrappedDigest?: string;
 }
 
-/** Opens a file by the name that a parser gave; "" is the image itself. */
-type Resolve = (name: string) => Promise<Range>;
-
-interface Unpacked {
-  readonly resolve: Resolve;
-  readonly packed: OpenSource["packed"];
-  readonly notes: readonly string[];
+/** Why a range is staged. */
+interface Need {
+  readonly wrapping: Wrapping | undefined;
 }
 
-function plain(folder: Folder): Unpacked {
-  return { resolve: (name) => folder.file(name), packed: undefined, notes: [] };
-}
+/** The way from a declaration to an image, and all that is opened on it. */
+class Opening {
+  readonly path: string;
+  readonly #spec: SourceSpec;
+  readonly #options: SourceOptions;
+  readonly #folder: Folder;
+  readonly #staged: { close(): Promise<void> }[] = [];
+  readonly #notes: string[] = [];
 
-/** A disk of a machine in an OVA, or in an OVF beside its files. */
-async function unpack(folder: Folder, path: string, wanted: string | number | undefined): Promise<Unpacked> {
-  const { sizeBytes } = await folder.file("");
-  const isDescriptor = path.toLowerCase().endsWith(".ovf");
-  const machine = await drive(isDescriptor ? openOvf(basename(path), sizeBytes) : openOva(sizeBytes), (name) => folder.file(name));
-  const disk = selectDisk(machine.disks, wanted);
-  const { place } = disk;
-  const resolve: Resolve = async (name) => {
-    if (name === "" || name === place.name) return (await folder.file(place.file)).slice(place.name, place.offset, place.sizeBytes);
-    throw new ImageError(`${place.name} is only a part of a disk: a package holds each disk in one file`);
-  };
-  return { resolve, packed: { package: machine, disk }, notes: machine.notes };
-}
-
-/**
- * Runs a parser, answering what it asks from the files that `resolve` opens.
- * Throws what the parser throws, and ImageError when it asks for too much: its image leads in circles.
- */
-export async function drive<T>(parser: Parser<T>, resolve: Resolve): Promise<T> {
-  let asks = 0;
-  for (let step = parser.next(); ;) {
-    if (step.done) return step.value;
-    if (++asks > MAX_ASKS) throw new ImageError("its tables lead in circles");
-    let answer: Answer;
-    try {
-      answer = await answerTo(step.value, resolve);
-    } catch (error) {
-      step = parser.throw(error);
-      continue;
-    }
-    step = parser.next(answer);
-  }
-}
-
-async function answerTo(ask: Ask, resolve: Resolve): Promise<Answer> {
-  switch (ask.kind) {
-    case "size":
-      try {
-        return (await resolve(ask.file)).sizeBytes;
-      } catch (error) {
-        if (error instanceof MissingFile) return undefined;
-        throw error;
-      }
-    case "read":
-      if (ask.length > MAX_READ_BYTES) throw new ImageError(`it asks for ${ask.length} bytes at once`);
-      return (await resolve(ask.file)).readCached(ask.offset, ask.length);
-  }
-}
-
-/** The named file does not exist: an answer for `size`, an error for all else. */
-class MissingFile extends DiskError {}
-
-/** The folder of a source: opens its files once each and remembers what they looked like. */
-class Folder {
-  readonly #path: string;
-  readonly #open = new Map<
-    string,
-    Promise<{ readonly handle: FileHandle; readonly range: Range; readonly seen: string; readonly path: string }>
-  >();
-
-  constructor(path: string) {
-    this.#path = path;
-  }
-
-  /** The image itself for "", else the plain name beside it. Throws ImageError on a name with a path, DiskError when it cannot be read. */
-  async file(name: string): Promise<Range> {
-    if (name !== "" && (!PLAIN_NAME.test(name) || name === "." || name === "..")) {
-      throw new ImageError(`it refers to ${JSON.stringify(name)}: only files beside it are read`);
-    }
-    const key = name === basename(this.#path) ? "" : name;
-    let opened = this.#open.get(key);
-    if (!opened) {
-      opened = this.#openFile(key === "" ? this.#path : join(dirname(this.#path), key), key === "");
-      this.#open.set(key, opened);
-    }
-    return (await opened).range;
-  }
-
-  async #openFile(path: string, isImage: boolean) {
-    // A link beside the image could lead anywhere; O_NONBLOCK keeps a FIFO from hanging the open.
-    const flags = constants.O_RDONLY | constants.O_NONBLOCK | (isImage ? 0 : constants.O_NOFOLLOW);
-    let handle: FileHandle;
-    try {
-      handle = await open(path, flags);
-    } catch (error) {
-      throw unreadable(path, error, isImage);
-    }
-    const stat = await handle.stat({ bigint: true });
-    if (!stat.isFile()) {
-      await handle.close();
-      throw new DiskError(`${path} is not a regular file`, { step: "source", path });
-    }
-    const range = new Range(basename(path), Number(stat.size), Number(stat.blocks) * 512, (offset, length) =>
-      readFully(handle, path, offset, length),
-    );
-    return { handle, range, seen: identity(stat), path };
-  }
-
-  async assertUnchanged(): Promise<void> {
-    for (const { handle, seen, path } of await Promise.all(this.#open.values())) {
-      if (identity(await handle.stat({ bigint: true })) !== seen) {
-        throw new DiskError(`${path} changed while it was read: stop what writes it, then run up again`, { step: "source", path });
-      }
-    }
+  constructor(spec: SourceSpec, options: SourceOptions) {
+    this.#spec = spec;
+    this.#options = options;
+    this.path = shownSource(spec);
+    this.#folder = "url" in spec ? new WebFolder(spec, options) : new LocalFolder(this.path);
   }
 
   async close(): Promise<void> {
-    const opened = await Promise.allSettled(this.#open.values());
-    await Promise.all(opened.filter((result) => result.status === "fulfilled").map(({ value }) => value.handle.close()));
+    await this.#folder.close();
+    for (const staged of this.#staged) await staged.close();
   }
-}
 
-function identity(stat: { readonly size: bigint; readonly mtimeNs: bigint; readonly ino: bigint; readonly dev: bigint }): string {
-  return `${stat.dev}:${stat.ino}:${stat.size}:${stat.mtimeNs}`;
-}
-
-function unreadable(path: string, error: unknown, isImage: boolean): DiskError {
-  const code = error instanceof Error && "code" in error ? error.code : undefined;
-  if (code === "ENOENT") {
-    return new MissingFile(isImage ? `there is no file ${path}` : `the image needs ${path}, which is not there`, { step: "source", path });
-  }
-  if (code === "ELOOP") return new DiskError(`${path} is a symbolic link: a part of an image must be a file`, { step: "source", path });
-  const reason = error instanceof Error ? error.message : String(error);
-  return new DiskError(`cannot read ${path}: ${reason}`, { step: "source", path, cause: error });
-}
-
-async function readFully(handle: FileHandle, path: string, offset: number, length: number): Promise<Buffer> {
-  const buffer = Buffer.allocUnsafe(length);
-  let filled = 0;
-  while (filled < length) {
-    let bytesRead: number;
-    try {
-      ({ bytesRead } = await handle.read(buffer, filled, length - filled, offset + filled));
-    } catch (error) {
-      throw new DiskError(`cannot read ${path} at ${offset + filled}: ${String(error)}`, { step: "source", path, cause: error });
+  async open(): Promise<OpenSource> {
+    const declared = await this.#declaredDigest();
+    const file = await this.#folder.file("");
+    const need = await this.#needOf(file, declared);
+    const outer: Ready = need ? await this.#stage(file, need, declared) : { range: file };
+    const isPackage = await this.#isPackage(outer.range);
+    if (isPackage && !need && declared) await digestOf(file, declared);
+    const inside = isPackage ? await this.#unpack(outer.range) : undefined;
+    const disk = inside ? await this.#unwrapMember(inside.disk, inside.digest) : outer;
+    const resolve = this.#resolver(disk.range, outer.range === file && !inside);
+    const format = this.#options.format;
+    const image = await drive(openImage({ sizeBytes: disk.range.sizeBytes, ...(format && { format }) }), resolve);
+    const isCompared = isPackage || need !== undefined;
+    const files: SourceFile[] = [];
+    for (const { name } of image.files) {
+      const range = await resolve(name);
+      const promised = inside
+        ? disk.wrappedDigest === undefined
+          ? inside.digest
+          : undefined
+        : name === "" && !isCompared
+          ? declared
+          : undefined;
+      files.push({
+        name: range.name,
+        sizeBytes: range.sizeBytes,
+        allocatedBytes: range.allocatedBytes,
+        expected: promised,
+        wrappedDigest: name === "" ? disk.wrappedDigest : undefined,
+        read: (offset, length) => range.read(offset, length),
+      });
     }
-    if (bytesRead === 0) break;
-    filled += bytesRead;
-  }
-  return buffer.subarray(0, filled);
-}
-
-/** A file or a part of one, with a few blocks cached for the parsers. */
-class Range {
-  readonly name: string;
-  readonly sizeBytes: number;
-  readonly allocatedBytes: number;
-  readonly #readAt: (offset: number, length: number) => Promise<Buffer>;
-  readonly #blocks = new Map<number, Promise<Buffer>>();
-  readonly #slices = new Map<string, Range>();
-
-  constructor(name: string, sizeBytes: number, allocatedBytes: number, readAt: (offset: number, length: number) => Promise<Buffer>) {
-    this.name = name;
-    this.sizeBytes = sizeBytes;
-    this.allocatedBytes = allocatedBytes;
-    this.#readAt = readAt;
+    const isVouched =
+      files.every((each) => each.expected !== undefined) || (declared !== undefined && isCompared) || inside?.digest !== undefined;
+    return {
+      path: this.path,
+      image,
+      files,
+      packed: inside?.packed,
+      notes: [...this.#notes, ...image.notes, ...(isVouched ? [] : [NOT_VOUCHED])],
+      runs: async () => {
+        try {
+          return await drive(image.runs(), resolve);
+        } catch (error) {
+          throw refused(this.path, error);
+        }
+      },
+      assertUnchanged: () => this.#folder.assertUnchanged(),
+      [Symbol.asyncDispose]: () => this.close(),
+    };
   }
 
-  read(offset: number, length: number): Promise<Buffer> {
-    return this.#readAt(offset, Math.max(0, Math.min(length, this.sizeBytes - offset)));
+  async lookAhead(): Promise<StagedOutlook | undefined> {
+    const declared = await this.#declaredDigest();
+    const file = await this.#folder.file("");
+    const need = await this.#needOf(file, declared);
+    if (need) return this.#outlook(file, need, declared);
+    if (!(await this.#isPackage(file))) return undefined;
+    const { disk, digest } = await this.#unpack(file);
+    const wrapping = await findWrapping(disk);
+    return wrapping && this.#outlook(disk, { wrapping }, declared ?? digest);
   }
 
-  /** The same bytes as `read`, through the cache: for many small reads. */
-  async readCached(offset: number, length: number): Promise<Buffer> {
-    if (length > BLOCK_BYTES) return this.read(offset, length);
-    const first = Math.floor(offset / BLOCK_BYTES);
-    const start = offset - first * BLOCK_BYTES;
-    const head = await this.#block(first);
-    if (start + length <= BLOCK_BYTES) return head.subarray(start, start + length);
-    return Buffer.concat([head.subarray(start), (await this.#block(first + 1)).subarray(0, start + length - BLOCK_BYTES)]);
+  /** Why the declared file cannot be read as it lies there; undefined when it can. */
+  async #needOf(file: Range, declared: Digest | undefined): Promise<Need | undefined> {
+    const wrapping = this.#options.format === "raw" ? undefined : await findWrapping(file);
+    // Of a package only one member is read: where its whole digest is to be compared, it is fetched whole.
+    const isWholeWanted = "url" in this.#spec && declared !== undefined && (await this.#isPackage(file));
+    return wrapping !== undefined || file.isForwardOnly || isWholeWanted ? { wrapping } : undefined;
   }
 
-  slice(name: string, offset: number, sizeBytes: number): Range {
-    let slice = this.#slices.get(name);
-    if (!slice) {
-      slice = new Range(name, sizeBytes, sizeBytes, (at, length) => this.read(offset + at, length));
-      this.#slices.set(name, slice);
+  async #outlook(range: Range, { wrapping }: Need, vouched: Digest | undefined): Promise<StagedOutlook> {
+    const folder = this.#options.scratchFolder ?? tmpdir();
+    const roomBytes = await scratchRoom(folder);
+    const { bytes, isWhole } = await peekInside(range, wrapping);
+    const declaredBytes = wrapping === undefined ? range.knownSizeBytes : await declaredInside(range, wrapping);
+    if (wrapping === undefined && declaredBytes !== undefined && declaredBytes > roomBytes) {
+      throw new DiskError(
+        `${this.path} is copied to ${folder} first, which takes ${formatBytes(declaredBytes)} where ${formatBytes(roomBytes)} may be used: make room, or name another folder in the configuration virtlift:scratch`,
+        { step: "source", path: this.path },
+      );
     }
-    return slice;
+    const sizeBytes = isWhole ? bytes.length : declaredBytes;
+    const words =
+      wrapping === undefined
+        ? "the server gives no ranges, or the checksum of a whole package is to be compared"
+        : `it is wrapped in ${wrapping}`;
+    const size = sizeBytes === undefined ? "of a size that shows then" : `of up to ${formatBytes(sizeBytes)}`;
+    return {
+      path: this.path,
+      image: await imageAhead(bytes, sizeBytes, isWhole),
+      notes: [...this.#notes, `${words}: a temporary copy ${size} lies in ${folder} during the import`, ...(vouched ? [] : [NOT_VOUCHED])],
+    };
   }
 
-  #block(index: number): Promise<Buffer> {
-    const cached = this.#blocks.get(index);
-    if (cached) return cached;
-    const block = this.read(index * BLOCK_BYTES, BLOCK_BYTES);
-    this.#blocks.set(index, block);
-    const oldest = this.#blocks.keys().next();
-    if (this.#blocks.size > CACHED_BLOCKS && !oldest.done) this.#blocks.delete(oldest.value);
-    return block;
+  async #declaredDigest(): Promise<Digest | undefined> {
+    const { checksum } = this.#options;
+    if (checksum === undefined) return undefined;
+    const name = "url" in this.#spec ? urlFileName(this.#spec.url) : this.path.slice(this.path.lastIndexOf("/") + 1);
+    return resolveChecksum(checksum, name, this.#options);
+  }
+
+  async #isPackage(range: Range): Promise<boolean> {
+    if ("ova" in this.#spec) return true;
+    return "url" in this.#spec && (isDescriptorName(range.name) || isTar(await range.readCached(0, TAR_SNIFF_BYTES)));
+  }
+
+  async #stage(range: Range, { wrapping }: Need, expected: Digest | undefined): Promise<Ready> {
+    const { scratchFolder, signal } = this.#options;
+    const staged = await stage(range.name, chunksOf(range), { folder: scratchFolder ?? tmpdir(), wrapping, expected, signal });
+    this.#staged.push(staged);
+    return { range: staged.range, wrappedDigest: staged.digest };
+  }
+
+  /** What an OVF calls compressed, and what is without a word. */
+  async #unwrapMember(member: Range, expected: Digest | undefined): Promise<Ready> {
+    const wrapping = await findWrapping(member);
+    return wrapping ? this.#stage(member, { wrapping }, expected) : { range: member };
+  }
+
+  /** The wanted disk of a machine in an OVA, or in an OVF beside its files. */
+  async #unpack(archive: Range) {
+    const wanted = "file" in this.#spec ? undefined : this.#spec.disk;
+    const locate: Resolve = (name) => (name === "" ? Promise.resolve(archive) : this.#folder.file(name));
+    const isDescriptor = isDescriptorName(archive.name);
+    const machine = await drive(isDescriptor ? openOvf(archive.name, archive.sizeBytes) : openOva(archive.sizeBytes), locate);
+    const disk = selectDisk(machine.disks, wanted);
+    const { place, digest } = disk;
+    this.#notes.push(...machine.notes);
+    const range = (await locate(place.file)).slice(place.name, place.offset, place.sizeBytes);
+    return { disk: range, digest, packed: { package: machine, disk } };
+  }
+
+  /** Answers for the image and, where they lie beside it, the files that it names. */
+  #resolver(disk: Range, hasNeighbours: boolean): Resolve {
+    return async (name) => {
+      if (name === "" || name === disk.name) return disk;
+      if (hasNeighbours) return this.#folder.file(name);
+      throw new ImageError(`${disk.name} is only a part of a disk: what is packed or wrapped holds each disk in one file`);
+    };
   }
 }
+
+function isDescriptorName(name: string): boolean {
+  return name.toLowerCase().endsWith(".ovf");
+}
+
+const NOT_VOUCHED = "no checksum vouches for the source: give `checksum`, or an OVA with a manifest";
+
+/** What the first bytes of a file tell about the image in it. A fixed VHD, told by its last bytes, shows as raw. */
+async function imageAhead(bytes: Buffer, sizeBytes: number | undefined, isWhole: boolean): Promise<StagedOutlook["image"]> {
+  const parse = async (assumedBytes: number): Promise<StagedOutlook["image"]> => {
+    const readAt = async (offset: number, length: number): Promise<Buffer> => {
+      if (offset + length > bytes.length) throw new BeyondPeek("the bytes are not at hand");
+      return bytes.subarray(offset, offset + length);
+    };
+    const range = new Range("", { sizeBytes: assumedBytes }, { readAt });
+    const { format, variant, virtualSizeBytes } = await drive(openImage({ sizeBytes: assumedBytes }), () => Promise.resolve(range));
+    return { format, variant, virtualSizeBytes };
+  };
+  if (isTar(bytes)) return undefined;
+  if (isWhole) return parse(bytes.length);
+  try {
+    return await parse(sizeBytes ?? Number.MAX_SAFE_INTEGER);
+  } catch (error) {
+    if (!(error instanceof BeyondPeek)) throw error;
+  }
+  // Where even the start alone, taken for all, is nothing but raw, only the size is left to know.
+  const alone = await parse(bytes.length).catch(() => undefined);
+  return alone?.format === "raw" && sizeBytes !== undefined ? { ...alone, virtualSizeBytes: sizeBytes } : undefined;
+}
+
+/** The header goes on where only the import will read. */
+class BeyondPeek extends Error {}
