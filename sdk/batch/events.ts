@@ -1,0 +1,46 @@
+/** What a driver tells while it works, for whoever shows it: plain JSON. */
+import type { Operation } from "./job.ts";
+import type { MachineState } from "./journal.ts";
+
+/** What is being done to a machine right now. */
+export type Phase = "previewing" | "waiting" | "running" | "copying" | "defining" | "removing" | "trying again";
+
+export type BatchEvent =
+  /** `text` says why, where there is something to say. */
+  | {
+      readonly event: "phase";
+      readonly machine: string;
+      readonly phase: Phase;
+      readonly attempt: number;
+      readonly text?: string | undefined;
+    }
+  /** Of the disk that is being copied: `40 %`, `1.2 GiB`, `110 MiB/s`, `7 s`. */
+  | {
+      readonly event: "progress";
+      readonly machine: string;
+      readonly disk: string;
+      readonly percent: number;
+      readonly total: string;
+      readonly rate: string;
+      readonly left: string;
+    }
+  | { readonly event: "line"; readonly machine: string | undefined; readonly level: "info" | "warn" | "error"; readonly text: string }
+  | { readonly event: "wave"; readonly wave: number; readonly operation: Operation; readonly machines: readonly string[] }
+  | {
+      readonly event: "ended";
+      readonly machine: string;
+      readonly state: MachineState | "skipped";
+      readonly seconds: number;
+      readonly reasons: readonly string[];
+    };
+
+const PROGRESS = /^(\S+): (\d{1,3}) % of ([\d.]+ \w+), ([\d.]+ \w+\/s), (.{1,30}) left$/;
+
+/** A copy's progress from the line that the provider logs of it; undefined when the line says something else. Source: `tellProgress` in provider/transfer/progress.ts. */
+export function parseProgress(
+  line: string,
+): { readonly disk: string; readonly percent: number; readonly total: string; readonly rate: string; readonly left: string } | undefined {
+  const [, disk, percent, total, rate, left] = PROGRESS.exec(line) ?? [];
+  if (disk === undefined || total === undefined || rate === undefined || left === undefined) return undefined;
+  return { disk, percent: Number(percent), total, rate, left };
+}

@@ -1,0 +1,319 @@
+/** The manifest of a batch: its shape, its defaults, and what is wrong with one, by line. */
+import { basename, dirname, extname } from "node:path";
+import { type Document, isMap, isPair, isScalar, LineCounter, type Node, parseDocument } from "yaml";
+import { z } from "zod";
+import type { DeclaredHost, MachineDeclaration } from "./job.ts";
+
+const MAX_MANIFEST_BYTES = 8 * 1024 * 1024;
+
+const NameSchema = z
+  .string()
+  .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/, "a name is 1 to 100 letters, digits and . _ -, beginning with a letter or digit");
+
+const SecretSchema = z
+  .union([z.strictObject({ env: z.string().min(1) }), z.strictObject({ file: z.string().min(1) })], {
+    error: "a secret is never written here: give { env: NAME } or { file: path }",
+  })
+  .meta({ description: "Where a secret is: an environment variable or a file." });
+
+const HostSchema = z
+  .union([
+    z.string().min(1),
+    z.looseObject({
+      uri: z.string().min(1).describe("A libvirt URI: qemu:///system, qemu+ssh://user@host:port/system."),
+      passphrase: SecretSchema.optional(),
+      password: SecretSchema.optional(),
+      maxConcurrent: z.number().int().min(1).optional().describe("Copies to this host at a time. Default: limits.perHost."),
+    }),
+  ])
+  .describe("A libvirt URI, or an object with what a URI cannot say: identityFile, knownHostsFile, fingerprint, jumpHosts, sudo.");
+
+const HooksSchema = z
+  .strictObject({
+    before: z
+      .array(z.string().min(1))
+      .min(1)
+      .optional()
+      .describe("A program and its arguments, run before; what fails keeps the rest from starting."),
+    after: z.array(z.string().min(1)).min(1).optional().describe("A program and its arguments, run after success."),
+  })
+  .describe("Programs that run on this machine, without a shell. They see VIRTLIFT_BATCH, VIRTLIFT_MACHINE or VIRTLIFT_WAVE.");
+
+const Arguments = z.record(z.string(), z.unknown());
+
+/** What a machine and the defaults both may say. */
+const shared = {
+  host: z.string().min(1).optional().describe("A name from `hosts`, or a libvirt URI."),
+  wave: z.number().int().min(1).max(1000).optional().describe("Waves run one after the other. Default 1."),
+  networks: Arguments.optional().describe(
+    "What the machine's networks become: by their names, `*` for all others. Default { '*': default }.",
+  ),
+  pools: z.record(z.string(), z.string()).optional().describe("The pool of each disk: by file name, label or number, `*` for all others."),
+  disks: Arguments.optional().describe(
+    "Arguments of ImportedDisk: by file name, label or number, `*` for all others; false leaves a disk out.",
+  ),
+  machine: Arguments.optional().describe("Arguments of VirtualMachine, over what the source says."),
+  labels: z.record(z.string(), z.string()).optional().describe("For selection: virtlift up --label team=web."),
+  hooks: HooksSchema.optional(),
+};
+
+const MachineSchema = z.strictObject({
+  source: z
+    .looseObject({})
+    .describe(
+      "Where the machine comes from: { ova: path } of an OVA or OVF, or a source of ImportedDisk for a machine of one disk. Relative to the manifest.",
+    ),
+  name: NameSchema.optional().describe("The machine's name in libvirt. Default: its key here."),
+  migrationRef: z.string().max(200).optional().describe("The user's own name for this migration. Default: wave-<wave>/<key>."),
+  dependsOn: z.array(NameSchema).optional().describe("Machines that are to be there first."),
+  ...shared,
+});
+
+/** The shape of a manifest. The one source of its documentation. */
+export const ManifestSchema = z.strictObject({
+  $schema: z.string().optional().describe("For editors: the JSON Schema of this file."),
+  project: NameSchema.optional().describe(
+    "The Pulumi project of all stacks. Default: the manifest's file name. Changing it makes other machines.",
+  ),
+  backend: z.url().optional().describe("URL of a Pulumi backend. Default: a folder beside the manifest."),
+  passphrase: SecretSchema.optional().describe(
+    "What secrets in the state are encrypted with. Default: PULUMI_CONFIG_PASSPHRASE or PULUMI_CONFIG_PASSPHRASE_FILE.",
+  ),
+  hosts: z.record(NameSchema, HostSchema).optional(),
+  defaults: z.strictObject(shared).optional(),
+  limits: z
+    .strictObject({
+      total: z
+        .number()
+        .int()
+        .min(1)
+        .max(64)
+        .optional()
+        .describe("Machines at work at a time, each in a process of its own. Default: the number of processors."),
+      perHost: z.number().int().min(1).max(64).optional().describe("Of these, to one host. Default 2."),
+      perSource: z.number().int().min(1).max(64).optional().describe("Of these, from one folder. Default: no limit but the total."),
+    })
+    .optional(),
+  retry: z
+    .strictObject({
+      attempts: z.number().int().min(1).max(20).optional().describe("Attempts in all at what may pass by itself. Default 3."),
+      delaySeconds: z.number().min(0).max(3600).optional().describe("Before the second attempt; it doubles from then on. Default 5."),
+    })
+    .optional(),
+  onFailure: z
+    .enum(["finish-wave", "stop", "continue"])
+    .optional()
+    .describe(
+      "After a machine failed: finish-wave (default) starts no further wave, stop starts nothing more, continue goes on with all that does not depend on it.",
+    ),
+  waves: z
+    .record(z.string().regex(/^[1-9]\d{0,3}$/, "a wave is a number from 1"), z.strictObject({ hooks: HooksSchema.optional() }))
+    .optional(),
+  machines: z.record(NameSchema, MachineSchema).refine((machines) => Object.keys(machines).length > 0, "there is no machine in it"),
+});
+
+type Declared = z.output<typeof ManifestSchema>;
+export type Hooks = z.output<typeof HooksSchema>;
+
+/** A machine of the batch, its defaults filled in. */
+export interface BatchMachine {
+  readonly name: string;
+  readonly wave: number;
+  readonly dependsOn: readonly string[];
+  readonly labels: Readonly<Record<string, string>>;
+  readonly hooks: Hooks;
+  /** How the manifest calls its host: for people. */
+  readonly hostName: string;
+  readonly maxPerHost: number;
+  readonly declaration: MachineDeclaration;
+}
+
+/** A manifest that is right in itself, its defaults filled in. */
+export interface Manifest {
+  readonly path: string;
+  readonly project: string;
+  /** Undefined: the folder beside the manifest. */
+  readonly backend: string | undefined;
+  readonly passphrase: Declared["passphrase"];
+  readonly limits: { readonly total: number | undefined; readonly perSource: number };
+  readonly retry: { readonly attempts: number; readonly delaySeconds: number };
+  readonly onFailure: "finish-wave" | "stop" | "continue";
+  readonly waveHooks: ReadonlyMap<number, Hooks>;
+  /** In the order of the manifest. */
+  readonly machines: readonly BatchMachine[];
+}
+
+/** One thing that is wrong, and where: line and column from 1. */
+export interface ManifestFinding {
+  readonly line: number;
+  readonly column: number;
+  readonly text: string;
+}
+
+/** The manifest is wrong. The message has a line for each finding: `<path>:<line>:<column>: <what, and the remedy>`. */
+export class ManifestError extends Error {
+  override readonly name = "ManifestError";
+  readonly findings: readonly ManifestFinding[];
+
+  constructor(path: string, findings: readonly ManifestFinding[]) {
+    super(findings.map(({ line, column, text }) => `${path}:${line}:${column}: ${text}`).join("\n"));
+    this.findings = findings;
+  }
+}
+
+/** Reads a manifest's text; `path` is for messages and defaults. Throws ManifestError with everything that is wrong. */
+export function parseManifest(text: string, path: string): Manifest {
+  if (Buffer.byteLength(text) > MAX_MANIFEST_BYTES)
+    throw new ManifestError(path, [{ line: 1, column: 1, text: `the manifest is larger than ${MAX_MANIFEST_BYTES} bytes` }]);
+  const lines = new LineCounter();
+  const document = parseDocument(text, { lineCounter: lines, prettyErrors: false });
+  const at = (offset: number, problem: string): ManifestFinding => {
+    const { line, col } = lines.linePos(offset);
+    return { line, column: col, text: problem };
+  };
+  if (document.errors.length > 0)
+    throw new ManifestError(
+      path,
+      document.errors.map(({ pos, message }) => at(pos[0], message)),
+    );
+  const parsed = ManifestSchema.safeParse(document.toJS({ maxAliasCount: 1000 }));
+  if (!parsed.success)
+    throw new ManifestError(
+      path,
+      parsed.error.issues.map((issue) => at(offsetOf(document, issue), sentenceOf(issue))),
+    );
+  const findings = referenceFindings(parsed.data).map(({ keys, text: problem }) => at(offsetAt(document, keys), problem));
+  if (findings.length > 0) throw new ManifestError(path, findings);
+  return resolve(parsed.data, path);
+}
+
+/** The JSON Schema of a manifest, for editors. */
+export function manifestJsonSchema(): object {
+  return { ...z.toJSONSchema(ManifestSchema, { io: "input" }), title: "A batch of virtual machines for virtlift" };
+}
+
+type Issue = z.core.$ZodIssue;
+type Keys = readonly PropertyKey[];
+
+/** Where the issue is: the key that is too much, the value that is wrong, or what holds the one that is missing. */
+function offsetOf(document: Document, issue: Issue): number {
+  return offsetAt(document, issue.code === "unrecognized_keys" ? [...issue.path, issue.keys[0] ?? ""] : issue.path);
+}
+
+function offsetAt(document: Document, keys: Keys): number {
+  for (let length = keys.length; length > 0; length--) {
+    const key = keyNode(document, keys.slice(0, length));
+    if (key?.range) return key.range[0];
+  }
+  return 0;
+}
+
+/** The node that names the value: a map's key, or a list's element itself. */
+function keyNode(document: Document, keys: Keys): Node | undefined {
+  const parent = document.getIn(keys.slice(0, -1), true);
+  const last = keys.at(-1);
+  if (isMap(parent)) {
+    const pair = parent.items.find((each) => isPair(each) && isScalar(each.key) && String(each.key.value) === String(last));
+    return pair?.key as Node | undefined;
+  }
+  return document.getIn(keys, true) as Node | undefined;
+}
+
+function sentenceOf(issue: Issue): string {
+  const place = issue.path.map(String).join(".");
+  if (issue.code === "unrecognized_keys")
+    return `${[...issue.path, issue.keys[0]].map(String).join(".")} is nothing that a manifest has: remove it or mend its name`;
+  return place === "" ? issue.message : `${place}: ${issue.message}`;
+}
+
+/** What names something that is not there, and orders that cannot be kept. */
+function referenceFindings({ machines, hosts = {}, defaults = {} }: Declared): readonly { readonly keys: Keys; readonly text: string }[] {
+  const names = Object.keys(machines);
+  const waveOf = (name: string): number => machines[name]?.wave ?? defaults.wave ?? 1;
+  return names.flatMap((name) => {
+    const { host = defaults.host, dependsOn = [] } = machines[name]!;
+    const found: { readonly keys: Keys; readonly text: string }[] = [];
+    const keys = ["machines", name];
+    if (host === undefined) found.push({ keys, text: `machines.${name} has no host: give it one, or all of them in defaults.host` });
+    else if (!Object.hasOwn(hosts, host) && !host.includes("://"))
+      found.push({
+        keys: [...keys, "host"],
+        text: `machines.${name}.host: there is no host ${host} in \`hosts\`: it has ${Object.keys(hosts).join(", ") || "none"}; a libvirt URI will do, too`,
+      });
+    for (const [index, other] of dependsOn.entries()) {
+      const place = [...keys, "dependsOn", index];
+      if (!names.includes(other))
+        found.push({ keys: place, text: `machines.${name}.dependsOn: there is no machine ${other}: mend its name` });
+      else if (waveOf(other) > waveOf(name))
+        found.push({
+          keys: place,
+          text: `machines.${name}.dependsOn: ${other} comes in wave ${waveOf(other)}, after ${name} in wave ${waveOf(name)}: move one of them`,
+        });
+    }
+    if (reaches(name, name, machines, new Set()))
+      found.push({ keys: [...keys, "dependsOn"], text: `machines.${name}.dependsOn leads back to ${name}: no order satisfies it` });
+    return found;
+  });
+}
+
+function reaches(from: string, target: string, machines: Declared["machines"], seen: Set<string>): boolean {
+  return (machines[from]?.dependsOn ?? []).some((next) => {
+    if (next === target) return true;
+    if (seen.has(next)) return false;
+    seen.add(next);
+    return reaches(next, target, machines, seen);
+  });
+}
+
+function resolve(declared: Declared, path: string): Manifest {
+  const { hosts = {}, defaults = {}, limits = {}, retry = {} } = declared;
+  const perHost = limits.perHost ?? 2;
+  const machines = Object.entries(declared.machines).map(([name, machine]): BatchMachine => {
+    const hostName = machine.host ?? defaults.host ?? "";
+    const wave = machine.wave ?? defaults.wave ?? 1;
+    const { maxConcurrent, ...host } = hostOf(hosts[hostName] ?? hostName);
+    return {
+      name,
+      wave,
+      dependsOn: machine.dependsOn ?? [],
+      labels: { ...defaults.labels, ...machine.labels },
+      hooks: { ...defaults.hooks, ...machine.hooks },
+      hostName,
+      maxPerHost: maxConcurrent ?? perHost,
+      declaration: {
+        source: machine.source,
+        host,
+        name: machine.name ?? name,
+        networks: machine.networks ?? defaults.networks,
+        pools: machine.pools ?? defaults.pools,
+        disks: machine.disks ?? defaults.disks,
+        machine: { ...defaults.machine, ...machine.machine },
+        migrationRef: machine.migrationRef ?? `wave-${wave}/${name}`,
+      },
+    };
+  });
+  return {
+    path,
+    project: declared.project ?? projectName(path),
+    backend: declared.backend,
+    passphrase: declared.passphrase,
+    limits: { total: limits.total, perSource: limits.perSource ?? Number.POSITIVE_INFINITY },
+    retry: { attempts: retry.attempts ?? 3, delaySeconds: retry.delaySeconds ?? 5 },
+    onFailure: declared.onFailure ?? "finish-wave",
+    waveHooks: new Map(
+      Object.entries(declared.waves ?? {}).flatMap(([wave, { hooks }]) => (hooks ? [[Number(wave), hooks] as const] : [])),
+    ),
+    machines,
+  };
+}
+
+function hostOf(host: z.output<typeof HostSchema>): DeclaredHost & { readonly maxConcurrent?: number | undefined } {
+  return typeof host === "string" ? { uri: host } : host;
+}
+
+/** The file's name, or its folder's where the file is called as most are. */
+function projectName(path: string): string {
+  const stem = basename(path, extname(path));
+  const name = /^(migrations?|manifest|batch|virtlift)$/i.test(stem) ? `${basename(dirname(path))}-${stem}` : stem;
+  return name.replaceAll(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "") || "batch";
+}

@@ -1,0 +1,64 @@
+/** The program of each stack of a batch: one machine from its declaration. */
+import { readFileSync } from "node:fs";
+import { ImportedDisk, type ImportedDiskArgs } from "../imported-disk.ts";
+import { MigratedMachine, type MigratedMachineArgs } from "../migrated-machine.ts";
+import type { Host } from "../values.ts";
+import { VirtualMachine, type VirtualMachineArgs } from "../virtual-machine.ts";
+import type { DeclaredHost, Job, SecretPlace } from "./job.ts";
+
+/** Declares the job's machine. What the manifest's maps hold is checked by the classes and by the provider, like that of any program. */
+export function declareMachine({ stack, declaration, description }: Job): void {
+  const { source, disks, machine, networks, pools, name, migrationRef } = declaration;
+  const host = hostOf(declaration.host);
+  const given = { ...(name !== undefined && { name }) };
+  const migration = { ...(migrationRef !== undefined && { migrationRef }) };
+  if (description !== undefined) {
+    const args = { source, host, description, ...given, ...migration, ...present({ networks, pools, disks, machine }) };
+    // oxlint-disable-next-line no-new -- a resource is declared by being made
+    new MigratedMachine(stack, args as unknown as MigratedMachineArgs);
+    return;
+  }
+  const pool = pools?.["0"] ?? pools?.["*"];
+  const disk = new ImportedDisk(`${stack}-disk0`, {
+    ...present((disks?.["0"] ?? disks?.["*"] ?? {}) as object),
+    ...(pool !== undefined && { pool }),
+    ...migration,
+    source: source as unknown as NonNullable<ImportedDiskArgs["source"]>,
+    host,
+  });
+  const interfaces = networks?.["*"];
+  const network = typeof interfaces === "string" ? { network: interfaces } : interfaces;
+  // oxlint-disable-next-line no-new -- as above
+  new VirtualMachine(stack, {
+    ...(network !== undefined && network !== false && { networks: [network] as VirtualMachineArgs["networks"] }),
+    ...machine,
+    ...given,
+    host,
+    importedDisk: disk,
+  } as VirtualMachineArgs);
+}
+
+/** The host with its secrets read. Throws Error naming the place that has none. */
+function hostOf({ passphrase, password, ...open }: DeclaredHost): Host {
+  return {
+    ...open,
+    ...(passphrase !== undefined && { passphrase: readSecret(passphrase) }),
+    ...(password !== undefined && { password: readSecret(password) }),
+  };
+}
+
+/** Throws Error naming the place when there is no secret. */
+export function readSecret(place: SecretPlace): string {
+  const secret = "env" in place ? process.env[place.env] : readFileSync(place.file, "utf8").replace(/\r?\n$/, "");
+  if (secret === undefined || secret === "")
+    throw new Error(
+      "env" in place
+        ? `the environment variable ${place.env} is to hold a secret, and is not set`
+        : `${place.file} is to hold a secret, and is empty`,
+    );
+  return secret;
+}
+
+function present<Value extends object>(value: Value): Partial<Value> {
+  return Object.fromEntries(Object.entries(value).filter(([, each]) => each !== undefined)) as Partial<Value>;
+}
