@@ -17,7 +17,7 @@ import { probeAcceleration } from "./setup/acceleration.ts";
 import { exists, findExecutable } from "./setup/files.ts";
 import { GUEST, LIBVIRT, preparePackages, SetupError } from "./setup/packages.ts";
 import { preparePulumi } from "./setup/pulumi.ts";
-import { prepareLibvirt } from "./setup/services.ts";
+import { LOCAL_URIS, prepareLibvirt } from "./setup/services.ts";
 import { bold, say, step } from "./setup/steps.ts";
 
 const USAGE = `npm run quickstart -- [image] [--host <libvirt URI>]   imports an image and boots it
@@ -163,7 +163,9 @@ async function destroy(open: Hosts): Promise<number> {
     return 0;
   }
   const stacks = await Stacks.open(await preparePulumi());
-  const uris = new Set<string>();
+  const names = await stacks.list();
+  const uris = new Set((await Promise.all(names.map((name) => stacks.hostOf(name)))).filter((uri) => uri !== undefined));
+  if (LOCAL_URIS.some((uri) => uris.has(uri))) await prepareLibvirt(open, await findAcceleration());
   let failures = 0;
   /** One host that is away does not keep the others from being cleaned. */
   const attempt = async (work: Promise<void>): Promise<void> => {
@@ -174,11 +176,7 @@ async function destroy(open: Hosts): Promise<number> {
       say(`✗ ${error instanceof Error ? error.message : String(error)}`);
     }
   };
-  for (const name of await stacks.list()) {
-    const uri = await stacks.hostOf(name);
-    if (uri !== undefined) uris.add(uri);
-    await attempt(stacks.remove(name));
-  }
+  for (const name of names) await attempt(stacks.remove(name));
   for (const uri of uris) {
     const host = open.open({ uri });
     await attempt(step(`remove storage pool ${POOL_NAME} on ${host.label}`, () => removePool(host)));

@@ -2,7 +2,7 @@
 import { spawn } from "node:child_process";
 import { createHash, randomBytes } from "node:crypto";
 import { once } from "node:events";
-import { mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { env, execPath } from "node:process";
@@ -70,7 +70,9 @@ export class Stacks {
     if (!(await this.list()).includes(name)) {
       await this.#ask("stack", "init", name, "--no-select");
       // `stack init` writes the stack's salt beside the program; there it would be lost with the clone.
-      await rename(join(ROOT, `Pulumi.${name}.yaml`), file);
+      const written = join(ROOT, `Pulumi.${name}.yaml`);
+      await copyFile(written, file);
+      await rm(written);
     }
     await this.#recover(name);
     for (const key of Object.keys(await this.#settings(name))) {

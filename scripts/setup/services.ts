@@ -11,6 +11,8 @@ import { type Note, step } from "./steps.ts";
 
 const SYSTEM_URI = "qemu:///system";
 const SESSION_URI = "qemu:///session";
+/** What `prepareLibvirt` may answer with. */
+export const LOCAL_URIS = [SYSTEM_URI, SESSION_URI] as const;
 const START_TIMEOUT_MS = 30_000;
 
 /**
