@@ -54,6 +54,7 @@ const OUTPUTS: Readonly<Record<keyof ImportedDiskState, undefined>> = {
   onDelete: undefined,
   path: undefined,
   pool: undefined,
+  preflight: undefined,
   provenance: undefined,
   replaceWritten: undefined,
   source: undefined,
@@ -85,7 +86,19 @@ export class ImportedDisk extends pulumi.CustomResource {
   readonly [REF]: () => DiskReference;
 
   constructor(name: string, args: ImportedDiskArgs, options?: pulumi.CustomResourceOptions) {
-    super(TYPE, name, { ...OUTPUTS, ...args, host: withSecrets(args.host), origin: originOf(name), __provider: PROVIDER }, options);
+    super(
+      TYPE,
+      name,
+      {
+        ...OUTPUTS,
+        ...args,
+        source: withSecretHeaders(args.source),
+        host: withSecrets(args.host),
+        origin: originOf(name),
+        __provider: PROVIDER,
+      },
+      options,
+    );
     const { diskId, path, format, pool, declaration, source, host } = this;
     this[REF] = () => ({
       diskId,
@@ -94,7 +107,7 @@ export class ImportedDisk extends pulumi.CustomResource {
       pool,
       declaration,
       migrationRef: args.migrationRef,
-      source: source.apply((declared) => ("ova" in declared ? "ova" : "file")),
+      source: pulumi.unsecret(source).apply(kindOf),
       // Alone, as the host may hold a passphrase: a part of a secret is a secret, and so is all that it is in.
       host: pulumi.unsecret(host).apply(uriOf),
     });
@@ -109,6 +122,18 @@ export class ImportedDisk extends pulumi.CustomResource {
   static refOf(disk: ImportedDisk): DiskReference {
     return disk[REF]();
   }
+}
+
+/** The source with the values of its headers marked as secrets, also where the program gave plain text. */
+function withSecretHeaders(source: ImportedDiskArgs["source"]): pulumi.Input<unknown> {
+  if (source instanceof Promise || pulumi.Output.isInstance(source))
+    return pulumi.output(source).apply((known) => pulumi.output(withSecretHeaders(known)));
+  return "headers" in source && source.headers !== undefined ? { ...source, headers: pulumi.secret(source.headers) } : source;
+}
+
+/** Which kind of source was declared: the key that only this kind has. */
+function kindOf(source: object): string {
+  return ["ova", "url", "hostPath", "volume"].find((kind) => kind in source) ?? "file";
 }
 
 /** A host that no provider has resolved, as under Pulumi's mocks, is as the program gave it. */

@@ -2,26 +2,31 @@
 import { createHash } from "node:crypto";
 import { posix } from "node:path";
 import type { z } from "zod";
-import { CommandError, ConnectionError, DiskError, isNotFound, LibvirtError } from "../errors.ts";
+import { DiskError, isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { formatBytes, formatSaving, formatSeconds, tellProgress } from "../transfer/progress.ts";
-import { importDisk } from "../transfer/import.ts";
+import { importDisk, type ImportOptions } from "../transfer/import.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
-import { openSource, type OpenSource } from "../transfer/source.ts";
+import { importOnHost } from "../transfer/on-host.ts";
 import { refreshPool } from "../transfer/volume.ts";
 import { configuredHost, daemonOf, openHost } from "./connect.ts";
+import { openDeclared, publicSource, sourceIdentity, type SourceSettings } from "./disk-source.ts";
 import { parseArgs } from "./parse.ts";
-import { lookAtPlace, type Place } from "./place.ts";
-import { activePool, nextPartition, PoolError } from "./pool.ts";
-import type { CheckFailure, Context, PropertyChange, Resource } from "./resource.ts";
+import { lookAtPlace } from "./place.ts";
+import { HOST_RULES } from "./preflight/argument-rules.ts";
+import { DISK_CHANGE_RULES, type DiskChange } from "./preflight/change-rules.ts";
+import { deploymentOf } from "./preflight/deployment.ts";
+import { declaredDisk, type DiskFacts, gatherDisk, wireBytes } from "./preflight/disk-facts.ts";
+import { describeCopy, DISK_RULES } from "./preflight/disk-rules.ts";
+import { changing, factsOf } from "./preflight/host-facts.ts";
+import { conclude, failuresOf, judgeTrouble, settingsOf, type Subject, tell } from "./preflight/preflight.ts";
+import { judge } from "./preflight/rule.ts";
+import type { Context, PropertyChange, Resource } from "./resource.ts";
 import { ImportedDiskSchema } from "./schema.ts";
 import { UNKNOWN } from "./unknown.ts";
 import { domainsUsing, volumesBackedBy } from "./usage.ts";
 
 type Args = z.output<typeof ImportedDiskSchema>;
-
-/** Since libvirt 6.7.0 a sparse stream may end in a device. Source: libvirt's NEWS. */
-const SPARSE_DEVICES_VERSION = 6_007_000;
 
 /** What check makes of the arguments: known in preview, so that a machine sees its disk before it exists. */
 export interface DiskInputs extends Args {
@@ -68,6 +73,7 @@ export const DISK_CHANGES: Readonly<Record<keyof DiskInputs, "live" | "replace">
   migrationRef: "live",
   onDelete: "live",
   replaceWritten: "live",
+  preflight: "live",
   origin: "live",
   declaration: "replace",
   importId: "replace",
@@ -76,43 +82,59 @@ export const DISK_CHANGES: Readonly<Record<keyof DiskInputs, "live" | "replace">
   path: "replace",
 };
 
-export const importedDisk: Resource<DiskInputs, DiskState> = { check, diff, create, read, update, delete: remove };
+export const importedDisk: Resource<DiskInputs, DiskState> = {
+  check,
+  diff,
+  create: (context, inputs) => changing(openHost(context, inputs.host), () => create(context, inputs)),
+  read,
+  update,
+  delete: (context, id, state) => changing(openHost(context, state.host), () => remove(context, id, state)),
+};
 
 async function check(context: Context, olds: DiskInputs | undefined, declared: unknown) {
   const news: Record<string, unknown> = { ...(declared as Record<string, unknown>) };
   news["host"] ??= configuredHost(context);
   const { args, failures, unknown } = parseArgs(ImportedDiskSchema, news);
-  if (news["host"] === undefined) {
-    return {
-      inputs: news as never,
-      failures: [{ property: "host", reason: "host: give a libvirt URI, here or as the stack's configuration virtlift:host" }],
-    };
-  }
+  const homeless = failuresOf(judge(HOST_RULES, { host: news["host"] }, {}));
+  if (homeless.length > 0) return { inputs: news as never, failures: homeless };
   if (!args) return { inputs: (unknown.size > 0 ? { ...news, ...unknownIdentity } : news) as never, failures };
+  const { settings, failures: unset } = settingsOf(context, args.preflight);
 
   const declaration = declarationOf(args);
   // The source of a disk that was imported is history: only another declaration makes it read again.
-  if (olds?.declaration === declaration) return { inputs: { ...args, ...identityOf(olds) }, failures: [] };
-  const diskId = args.name ?? `${fileName(args.origin)}-${declaration.slice(0, 8)}`;
-  if (olds && olds.diskId === diskId && olds.pool === args.pool && daemonOf(olds.host) === daemonOf(args.host)) {
-    const reason = `name: ${diskId} was imported from another declaration, which is never overwritten: give the changed disk another \`name\``;
-    return { inputs: { ...args, ...identityOf(olds) }, failures: [{ property: "name", reason }] };
+  if (olds?.declaration === declaration) {
+    deploymentOf(context.hosts).declareDisk({ ...olds, origin: args.origin, daemon: daemonOf(args.host), neededBytes: 0 });
+    return { inputs: { ...args, ...identityOf(olds) }, failures: unset };
   }
+  const diskId = args.name ?? `${fileName(args.origin)}-${declaration.slice(0, 8)}`;
   const volumeName = `${diskId}.${args.format}`;
   const importId = hash(JSON.stringify([args.origin, declaration])).slice(0, 32);
   const placed: DiskInputs = { ...args, declaration, importId, diskId, volumeName, path: `/${volumeName}` };
   try {
-    const pool = await activePool(openHost(context, args.host), args.pool);
+    const host = openHost(context, args.host);
+    const change = olds && (await changeOf(context, olds, placed));
+    const refused = change ? judge(DISK_CHANGE_RULES, change, settings) : [];
+    if (change?.isSameName) return { inputs: { ...args, ...identityOf(olds!) }, failures: conclude(context, subjectOf(placed), refused) };
+    const pool = await factsOf(host).pool(args.pool);
     // Partitions and logical volumes have names without endings.
     const nameThere = pool.isBlock ? diskId : volumeName;
     const inputs = { ...placed, volumeName: nameThere, path: posix.join(pool.path, nameThere) };
-    return {
-      inputs,
-      failures: [...(olds ? await replacementFailures(context, olds, args) : []), ...(await placementFailures(context, inputs))],
-    };
+    const deployment = deploymentOf(context.hosts);
+    const facts = await gatherDisk(host, inputs, deployment, sourceSettings(context));
+    deployment.declareDisk(declaredDisk(facts));
+    // Published by an earlier run that did not live to say so: nothing is read or copied any more.
+    const isFinished = facts.place.file?.stamp?.importId === importId;
+    const judgements = [...refused, ...(isFinished ? [] : judge(DISK_RULES, facts, settings))];
+    const found = [...unset, ...conclude(context, subjectOf(inputs), judgements)];
+    if (found.length === 0 && !isFinished) await tellPlan(context, host, facts);
+    return { inputs, failures: found };
   } catch (error) {
-    return { inputs: placed, failures: [failureOf(error)] };
+    return { inputs: placed, failures: conclude(context, subjectOf(placed), judgeTrouble(error)) };
   }
+}
+
+function subjectOf({ origin, diskId }: DiskInputs): Subject {
+  return { origin, name: diskId };
 }
 
 const unknownIdentity = { declaration: UNKNOWN, importId: UNKNOWN, diskId: UNKNOWN, volumeName: UNKNOWN, path: UNKNOWN };
@@ -122,7 +144,8 @@ function identityOf({ declaration, importId, diskId, volumeName, path }: DiskInp
 }
 
 function declarationOf(args: Args): string {
-  return hash(JSON.stringify(DECLARATION_KEYS.map((key) => (key === "host" ? daemonOf(args.host) : (args[key] ?? null)))));
+  const keyed = { ...args, host: daemonOf(args.host), source: sourceIdentity(args.source) };
+  return hash(JSON.stringify(DECLARATION_KEYS.map((key) => keyed[key] ?? null)));
 }
 
 function hash(text: string): string {
@@ -140,137 +163,27 @@ function fileName(origin: string): string {
   );
 }
 
-/** What a user can mend, as a failure of the property that shows it; anything else is thrown on. */
-function failureOf(error: unknown): CheckFailure {
-  if (error instanceof DiskError) return { property: "source", reason: `source: ${error.message}` };
-  if (error instanceof PoolError) return { property: "pool", reason: `pool: ${error.message}` };
-  if (error instanceof ConnectionError || error instanceof CommandError || error instanceof LibvirtError)
-    return { property: "host", reason: `host: ${error.message}` };
-  throw error;
+/** What the new declaration does to the disk that exists: whether it may go when a guest has written to it. */
+async function changeOf(context: Context, olds: DiskInputs, news: DiskInputs): Promise<DiskChange> {
+  const changed = DECLARATION_KEYS.filter((key) => JSON.stringify(olds[key]) !== JSON.stringify(news[key]));
+  const isSameName = olds.diskId === news.diskId && olds.pool === news.pool && daemonOf(olds.host) === daemonOf(news.host);
+  const losesWrites = !isSameName && !news.replaceWritten && (await wasWritten(openHost(context, olds.host), olds));
+  return { diskId: news.diskId, path: olds.path, changed, isSameName, losesWrites };
 }
 
-/** Whether the disk that a changed declaration would replace may go: not when a guest has written to it. */
-async function replacementFailures(context: Context, olds: DiskInputs, args: Args): Promise<readonly CheckFailure[]> {
-  if (args.replaceWritten) return [];
-  const { file } = await lookAtPlace(openHost(context, olds.host), olds);
+async function wasWritten(host: Host, olds: DiskInputs): Promise<boolean> {
+  const { file } = await lookAtPlace(host, olds);
   // The inputs do not tell whether a raw volume without a stamp came by an upload: it may have.
-  if (!file || !isOurs(file, { ...olds, isUploaded: true }) || file.untouched) return [];
-  const changed = DECLARATION_KEYS.filter((key) => JSON.stringify(olds[key]) !== JSON.stringify(args[key]));
-  const property = changed[0] ?? "source";
-  const reason =
-    `${property}: ${olds.path} was written since its import, and a changed ${changed.join(", ")} would replace it by a fresh copy of the source: ` +
-    "undo the change, or set `replaceWritten: true` to let what was written go";
-  return [{ property, reason }];
+  return file !== undefined && isOurs(file, { ...olds, isUploaded: true }) && !file.untouched;
 }
 
-/** Everything that would stop the import, found without moving a byte. */
-async function placementFailures(context: Context, inputs: DiskInputs): Promise<readonly CheckFailure[]> {
-  const host = openHost(context, inputs.host);
-  const failures: CheckFailure[] = [];
-  const place = await lookAtPlace(host, inputs);
-  if (place.file) {
-    // Published by an earlier run that did not live to say so.
-    if (place.file.stamp?.importId === inputs.importId) return [];
-    failures.push({
-      property: "name",
-      reason: `name: ${inputs.path} exists on ${host.label} and is not overwritten: choose another \`name\`, or remove it`,
-    });
-  }
-  if (place.uploadReason !== undefined) failures.push(...(await uploadFailures(context, host, inputs, place)));
-  for (const domain of await domainsUsing(await host.libvirt(), inputs.path)) {
-    failures.push({
-      property: "name",
-      reason: `name: the machine ${domain} on ${host.label} uses ${inputs.path}: choose another \`name\``,
-    });
-  }
-  try {
-    await using source = await openSource(inputs.source, { checksum: inputs.checksum });
-    failures.push(...(await sourceFailures(context, source, inputs, place, host)));
-  } catch (error) {
-    failures.push(failureOf(error));
-  }
-  return failures;
-}
-
-/** What stops an upload through libvirt; says why that way is taken. */
-async function uploadFailures(context: Context, host: Host, inputs: DiskInputs, place: Place): Promise<readonly CheckFailure[]> {
-  const failures: CheckFailure[] = [];
-  const { pool } = place;
-  if (pool.isBlock) {
-    const where = `the volumes of pool ${pool.name} on ${host.label} are devices`;
-    if (inputs.format !== "raw") {
-      failures.push({
-        property: "format",
-        reason: `format: ${where}, which hold a raw disk: set \`format: "raw"\`, or choose another pool`,
-      });
-    }
-    if ((await (await host.libvirt()).connectGetLibVersion()) < SPARSE_DEVICES_VERSION) {
-      failures.push({ property: "pool", reason: `pool: ${where}, and libvirt there is older than 6.7: update it, or choose another pool` });
-    }
-  }
-  if (inputs.verify === "content") {
-    const reason = `verify: the content is read by a program on ${host.label}, and none may run, since ${place.uploadReason}: leave out \`verify\`; all is read back through libvirt anyway`;
-    failures.push({ property: "verify", reason });
-  }
-  const isNew = place.file === undefined && place.partBytes === 0;
-  const partition = pool.type === "disk" && isNew ? await nextPartition(host, pool) : inputs.volumeName;
-  if (partition !== inputs.volumeName) {
-    const reason = `name: a volume of the disk pool ${pool.name} on ${host.label} has its partition's name, and the next one is ${partition}: set \`name: "${partition}"\``;
-    failures.push({ property: "name", reason });
-  }
-  if (failures.length === 0) {
-    const stampless =
-      inputs.format === "raw" ? "; a raw volume then carries no stamp, and is known as ours by the stack's state alone" : "";
-    context.log(
-      "info",
-      `${inputs.diskId}: goes through libvirt's upload stream, since ${place.uploadReason}; all is read back to be compared${stampless}`,
-    );
-  }
-  return failures;
-}
-
-async function sourceFailures(
-  context: Context,
-  source: OpenSource,
-  inputs: DiskInputs,
-  place: Place,
-  host: Host,
-): Promise<readonly CheckFailure[]> {
-  const failures: CheckFailure[] = [];
-  const { image } = source;
-  if (inputs.layout === "compressed" && inputs.format === "raw") {
-    failures.push({ property: "layout", reason: "layout: a raw volume cannot be compressed: choose the format qcow2, or another layout" });
-  }
-  if (inputs.capacity !== undefined && inputs.capacity < image.virtualSizeBytes) {
-    const reason = `capacity: ${formatBytes(inputs.capacity)} is less than the source's ${formatBytes(image.virtualSizeBytes)}, and a disk is never cut: give at least ${image.virtualSizeBytes} bytes`;
-    failures.push({ property: "capacity", reason });
-  }
-  const capacityBytes = Math.max(inputs.capacity ?? 0, image.virtualSizeBytes);
-  const isWhole = inputs.layout === "full" || place.pool.isBlock;
-  const volumeBytes = isWhole ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
-  const neededBytes = inputs.verify === "content" ? volumeBytes * 2 : volumeBytes;
-  if (place.freeBytes !== undefined && neededBytes > place.freeBytes + place.partBytes) {
-    const reason = `pool: ${posix.dirname(inputs.path)} on ${host.label} has ${formatBytes(place.freeBytes)} free and the disk takes up to ${formatBytes(neededBytes)}: make room, or choose another pool`;
-    failures.push({ property: "pool", reason });
-  }
-  if (failures.length === 0) {
-    const wireBytes = isWhole ? capacityBytes : Math.min(capacityBytes, await storedBytes(source));
-    const { format, variant } = image;
-    context.log(
-      "info",
-      `${inputs.diskId}: ${source.path} (${format} ${variant}, ${formatBytes(image.virtualSizeBytes)} virtual) -> ${host.label}:${inputs.path}, at most ${formatBytes(wireBytes)} to send`,
-    );
-    for (const note of source.notes) context.log("info", `${inputs.diskId}: ${note}`);
-  }
-  return failures;
-}
-
-/** An upper bound of the guest data that a source holds. */
-async function storedBytes(source: OpenSource): Promise<number> {
-  const onDisk = source.files.reduce((sum, file) => sum + file.allocatedBytes, 0);
-  const { dataBytes } = await source.runs();
-  // Plain data cannot be more than what the files occupy, holes left out.
-  return source.image.format === "raw" ? Math.min(dataBytes, onDisk) : dataBytes;
+/** What will be done, in lines that change from run to run and so are no inputs. */
+async function tellPlan(context: Context, host: Host, facts: DiskFacts): Promise<void> {
+  const { source, inputs } = facts;
+  if (source instanceof DiskError) return;
+  const link = await factsOf(host).link();
+  tell(context, "info", `${inputs.diskId}: ${describeCopy(facts, source, wireBytes(facts), link?.bytesPerSecond)}`);
+  for (const note of source.notes) tell(context, "info", `${inputs.diskId}: ${note}`);
 }
 
 async function diff(
@@ -303,6 +216,10 @@ async function create(context: Context, inputs: DiskInputs) {
   return { id: inputs.diskId, state: { ...inputs, ...outputs } };
 }
 
+function sourceSettings(context: Context): SourceSettings {
+  return { scratchFolder: context.config("virtlift:scratch"), signal: context.signal };
+}
+
 type Outputs = Omit<DiskState, keyof DiskInputs>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
@@ -313,27 +230,37 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     return finished;
   }
   const startedMs = performance.now();
-  await using source = await openSource(inputs.source, { checksum: inputs.checksum });
+  const { source, onHost } = await openDeclared(host, inputs, sourceSettings(context));
+  await using _closed = source;
   const virtualSizeBytes = Math.max(inputs.capacity ?? 0, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
   const { importId, origin, provenance, migrationRef, source: from, verify: verified } = inputs;
-  const result = await importDisk(host, source, {
+  const options: ImportOptions = {
     id: importId,
     finalPath: inputs.path,
     format: inputs.format,
     layout: inputs.layout,
     capacityBytes: virtualSizeBytes,
     verify: verified,
-    stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: from, virtualSizeBytes, verified, ...ends }),
+    stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: publicSource(from), virtualSizeBytes, verified, ...ends }),
     signal: context.signal,
     upload: uploadReason === undefined ? undefined : { pool: pool.name, isBlock: pool.isBlock },
     onProgress: tellProgress(inputs.diskId, (line) => context.log("info", line)),
-  });
+  };
+  if (onHost && uploadReason !== undefined) {
+    throw new DiskError(`${source.path} lies on ${host.label} and would be copied there by a program, but ${uploadReason}`, {
+      step: "source",
+      path: source.path,
+    });
+  }
+  const result = onHost ? await importOnHost(host, { source, ...onHost }, options) : await importDisk(host, source, options);
   const seconds = (performance.now() - startedMs) / 1000;
   const agreed = verified === "content" ? "its content is the source's, block by block" : "both ends agree on every byte";
   const kept = result.keptBytes > 0 ? `, ${formatBytes(result.keptBytes)} were there from an interrupted run` : "";
   context.log(
     "info",
-    `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
+    onHost
+      ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${onHost.mode === "move" ? "moved" : "copied"} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
+      : `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
   );
   const { sourceDigest, contentDigest, allocatedBytes } = result;
   return {

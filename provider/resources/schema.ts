@@ -1,5 +1,7 @@
 /** The shapes of what users declare: hosts, sizes, sources, imported disks. The one source of types and documentation of arguments. */
 import { z } from "zod";
+import { shownUrl, urlFault } from "../transfer/http.ts";
+import { PreflightSchema } from "./preflight/rule.ts";
 
 const UNITS: Readonly<Record<string, number>> = {
   B: 1,
@@ -92,10 +94,47 @@ const OvaSourceSchema = z.strictObject({
   /** Which disk: its index in the hardware's order (controller, unit), from 0, or its file name. Default: the only one. */
   disk: z.union([z.number().int().min(0), z.string().min(1)]).optional(),
 });
-/** Where a disk comes from: exactly one kind. */
-export const SourceSchema = z.union([FileSourceSchema, OvaSourceSchema], {
-  error: (issue) => `source is exactly one of { file } and { ova, disk? }, got ${JSON.stringify(issue.input)}`,
+const UrlSchema = z.string().superRefine((url, context) => {
+  const fault = urlFault(url);
+  if (fault !== undefined) context.addIssue({ code: "custom", message: `${shownUrl(url)} ${fault}` });
 });
+const UrlSourceSchema = z.strictObject({
+  /** URL of a disk image or an OVA, `http:` or `https:`, read through the machine that runs Pulumi. A user and password in it are refused. */
+  url: UrlSchema,
+  /** Which disk of an OVA: as for `ova`. */
+  disk: z.union([z.number().int().min(0), z.string().min(1)]).optional(),
+  /** Headers that are sent to the URL's own origin, such as Authorization. Secrets; a change of them changes nothing of the disk. */
+  headers: z
+    .record(
+      z.string().regex(/^[A-Za-z0-9!#$%&'*+.^_`|~-]+$/, "a header's name is a word"),
+      z.string().regex(/^[\t\x20-\x7e]*$/, "a header's value is one line of ASCII"),
+    )
+    .optional(),
+  /** Path of a PEM file with certificates of authorities that are trusted besides the system's. */
+  caFile: z.string().min(1).optional(),
+});
+const HostPathSourceSchema = z.strictObject({
+  /** Absolute path of an image, or of a block device, on the host itself. Its bytes do not leave the host. */
+  hostPath: z.string().regex(/^\//, "a path on the host is absolute"),
+  /** `copy` (default) leaves the file alone. `move` makes the very file the volume: it must have the volume's format and lie on the pool's file system. */
+  mode: z.enum(["copy", "move"]).default("copy"),
+});
+const VolumeSourceSchema = z.strictObject({
+  /** Name of a volume of the host that is cloned. Its bytes do not leave the host. */
+  volume: z.string().min(1),
+  /** The pool that it is in. Default: the pool that the disk goes to. */
+  pool: z.string().min(1).optional(),
+});
+/** Where a disk comes from: exactly one kind. */
+export const SourceSchema = z.union([FileSourceSchema, OvaSourceSchema, UrlSourceSchema, HostPathSourceSchema, VolumeSourceSchema], {
+  error: ({ input }) =>
+    `source is exactly one of { file }, { ova, disk? }, { url, disk?, headers?, caFile? }, { hostPath, mode? } and { volume, pool? }, got ${keysOf(input)}`,
+});
+
+/** What was declared, without values: those of headers are secrets. */
+function keysOf(input: unknown): string {
+  return typeof input === "object" && input !== null ? `{ ${Object.keys(input).join(", ")} }` : typeof input;
+}
 export type Source = z.output<typeof SourceSchema>;
 
 /** The arguments of `ImportedDisk`. */
@@ -114,14 +153,24 @@ export const ImportedDiskSchema = z.strictObject({
   layout: z.enum(["sparse", "compressed", "full"]).default("sparse"),
   /** Grow the disk to this size on import; never less than the source's. Default: the source's virtual size. */
   capacity: SizeSchema.optional(),
-  /** Digest of the source file: `sha256:<hex>`, also sha1 and sha512. Default: the OVF manifest's, where there is one. */
+  /**
+   * Digest of the file that `source` names, as it lies there, wrapped or packed: `sha256:<hex>`, also sha1 and sha512; or the URL of a list of digests
+   * (SHA256SUMS) in which the file's name stands. Default: the OVF manifest's, where there is one.
+   */
   checksum: z
-    .string()
-    .regex(
-      /^(sha1:[0-9a-fA-F]{40}|sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128})$/,
-      'a checksum is "sha256:" and 64 hex digits (or sha1, sha512)',
+    .union(
+      [
+        z
+          .string()
+          .regex(/^(sha1:[0-9a-fA-F]{40}|sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128})$/)
+          .transform((checksum) => checksum.toLowerCase()),
+        z
+          .string()
+          .regex(/^https?:\/\//i)
+          .refine((url) => urlFault(url) === undefined),
+      ],
+      'a checksum is "sha256:" and 64 hex digits (or sha1, sha512), or the URL of a list of them',
     )
-    .transform((checksum) => checksum.toLowerCase())
     .optional(),
   /**
    * How the import is proved before the volume is published. `digest` (default): both ends hash what was sent. `content`: besides, the host's own qemu-img
@@ -137,6 +186,8 @@ export const ImportedDiskSchema = z.strictObject({
   onDelete: z.enum(["delete", "retain"]).default("delete"),
   /** Allow a changed declaration to replace a disk that was written since its import. Default false: it is refused. */
   replaceWritten: z.boolean().default(false),
+  /** Rules of the preview that are to have another level, or none, for this disk: by id, each with a reason that is kept. Default: as the rules say. */
+  preflight: PreflightSchema.optional(),
   /** `<organization>/<project>/<stack>/<logical name>`: set by the class, the identity of the disk on the host. */
   origin: z.string().regex(/^[^/]+\/[^/]+\/[^/]+\/.+$/),
 });

@@ -138,9 +138,9 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       const backed = join(caller.directory, "backed.qcow2");
       await qemuImg("create", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", backed);
       const refusals: readonly (readonly [object, string, RegExp])[] = [
-        [{ pool: "nowhere" }, "pool", /^pool: there is no pool nowhere on this machine: it has default$/],
+        [{ pool: "nowhere" }, "pool", /^pool: there is no pool nowhere on this machine: it has default \(virtlift\/pool\)$/],
         [{ name: "taken" }, "name", /^name: .*taken\.qcow2 exists on this machine and is not overwritten/],
-        [{ source: { file: "/no/such.vmdk" } }, "source", /^source: there is no file \/no\/such\.vmdk$/],
+        [{ source: { file: "/no/such.vmdk" } }, "source", /^source: there is no file \/no\/such\.vmdk \(virtlift\/source-missing\)$/],
         [{ source: { file: backed } }, "source", /^source: .*backing file/],
         [{ capacity: "1MiB" }, "capacity", /^capacity: 1.0 MiB is less than the source's 20.0 MiB/],
         [{ format: "raw", layout: "compressed" }, "layout", /^layout: a raw volume cannot be compressed/],

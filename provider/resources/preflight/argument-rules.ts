@@ -4,7 +4,6 @@ import type { Finding, Rule } from "./rule.ts";
 
 /** What a machine is declared with, as it came; what preview does not know is its sentinel. */
 export interface DeclaredBoot {
-  readonly host: unknown;
   readonly importedDisk: unknown;
   readonly image: unknown;
 }
@@ -25,6 +24,10 @@ export const BOOT_RULES: readonly Rule<DeclaredBoot>[] = [
         : [{ property: "image", sentence: `${start} both are given: remove one` }];
     },
   },
+];
+
+/** Asked of every resource first. */
+export const HOST_RULES: readonly Rule<{ readonly host: unknown }>[] = [
   {
     id: "virtlift/no-host",
     level: "block",
@@ -36,7 +39,7 @@ export const BOOT_RULES: readonly Rule<DeclaredBoot>[] = [
         ? [
             {
               property: "host",
-              sentence: "give a libvirt URI, here, with the imported disk, or as the stack's configuration virtlift:host",
+              sentence: "give a libvirt URI, here or as the stack's configuration virtlift:host",
             },
           ]
         : [],

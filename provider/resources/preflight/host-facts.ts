@@ -2,7 +2,8 @@
  * What is known of a host, asked once and only by reading. What stays as it is while a daemon runs is kept; what changes is asked again after a few
  * seconds, and at once after a change of our own.
  */
-import { isNotFound, LibvirtError } from "../../errors.ts";
+import { posix } from "node:path";
+import { CommandError, ConnectionError, isNotFound, LibvirtError } from "../../errors.ts";
 import type { Host } from "../../host/hosts.ts";
 import { parseXml, type XmlElement } from "../../image/xml.ts";
 import { type HostSecurity, type MachineOffer, parseDomainTypes, parseOffer, parseSecurity } from "../../libvirt/capabilities.ts";
@@ -11,6 +12,8 @@ import { DOMAIN_XML } from "../../libvirt/constants.ts";
 import { type ObservedDomain, parseDomain } from "../../libvirt/domain.ts";
 import type { Domain } from "../../libvirt/procedures.ts";
 import { WORK_FOLDER } from "../../transfer/part-file.ts";
+import { lookAtPlace, type Place, type PlacedDisk } from "../place.ts";
+import { type ActivePool, activePool } from "../pool.ts";
 
 /** How long an answer that may change is taken for true. */
 const LIFE_MS = 5000;
@@ -18,6 +21,9 @@ const LIFE_MS = 5000;
 /** VIR_ERR_NO_SUPPORT and VIR_ERR_INVALID_ARG of virterror.h. */
 const NO_SUPPORT = 3;
 const INVALID_ARG = 8;
+
+/** A name that no disk has. */
+const NOBODY = ".virtlift-nobody";
 
 /** How much is carried to measure a connection, and for how long at most. */
 const SAMPLE_BYTES = 8 * 1024 * 1024;
@@ -68,6 +74,8 @@ export interface HostFolder {
   readonly freeBytes: number | undefined;
   /** The file system's kind in stat's words: `ext2/ext3`, `nfs`, `tmpfs`. */
   readonly fileSystem: string;
+  /** The number of the device that the file system is on. */
+  readonly device: string;
   /** The folder and its parents up to the root. */
   readonly steps: readonly FolderStep[];
 }
@@ -165,6 +173,7 @@ export class HostFacts {
         parts: new Map(valuesOf(output, "part").map(parsePart)),
         freeBytes: Number.isNaN(free) ? undefined : free,
         fileSystem: valuesOf(output, "kind")[0] ?? "",
+        device: valuesOf(output, "device")[0] ?? "",
         steps: valuesOf(output, "step").flatMap(parseStep),
       };
     });
@@ -190,9 +199,35 @@ export class HostFacts {
     });
   }
 
+  /** The names of a pool's volumes as libvirt saw them last. */
+  volumeNames(pool: string): Promise<ReadonlySet<string>> {
+    return this.#ask(`volumes ${pool}`, async () => {
+      const libvirt = await this.#host.libvirt();
+      const volumes = await libvirt.storagePoolListAllVolumes(await libvirt.storagePoolLookupByName(pool));
+      return new Set(volumes.map(({ name }) => name));
+    });
+  }
+
+  /** An active pool. Throws PoolError. */
+  pool(name: string): Promise<ActivePool> {
+    return this.#ask(`pool ${name}`, () => activePool(this.#host, name));
+  }
+
+  /** Where a disk will lie. Looked at once for all disks of a pool, and by itself only where something of its own is there. Throws PoolError. */
+  async place(disk: PlacedDisk): Promise<Place> {
+    const folder = posix.dirname(disk.path);
+    const nobody: PlacedDisk = { ...disk, importId: NOBODY, volumeName: NOBODY, path: posix.join(folder, NOBODY) };
+    const [empty, there] = await Promise.all([
+      this.#ask(`place ${disk.pool} ${folder}`, () => lookAtPlace(this.#host, nobody)),
+      this.folder(folder),
+    ]);
+    const isAlone = there !== undefined && !there.names.has(disk.volumeName) && !there.parts.has(disk.importId);
+    return isAlone && empty.uploadReason === undefined ? empty : lookAtPlace(this.#host, disk);
+  }
+
   /** What the connection carries from the host to us, measured once for half a second at most; undefined where the host is this machine or gives no shell. */
   link(): Promise<LinkSpeed | undefined> {
-    return this.#keep("link", async () => (this.#host.isLocal ? undefined : measure(this.#host)));
+    return this.#keep("link", async () => (this.#host.isLocal || (await this.system()) === undefined ? undefined : measure(this.#host)));
   }
 
   /** Remembers the answer for as long as the process lives. */
@@ -222,7 +257,8 @@ export class HostFacts {
       // A forced command answers with words of its own.
       return output.startsWith("virtlift\n") ? output : undefined;
     } catch (error) {
-      if (error instanceof Error && error.name === "CommandError") return undefined;
+      // libvirt answers, so that nothing can be run is what the host allows, not a broken connection.
+      if (error instanceof CommandError || (error instanceof ConnectionError && error.phase === "login")) return undefined;
       throw error;
     }
   }
@@ -265,6 +301,7 @@ folder=$1
 [ -d "$folder" ] || exit 0
 printf 'free %s\\n' "$(df --output=avail -B1 -- "$folder" 2>/dev/null | tail -n 1)"
 printf 'kind %s\\n' "$(stat -f -c %T -- "$folder" 2>/dev/null)"
+printf 'device %s\\n' "$(stat -c %d -- "$folder" 2>/dev/null)"
 step=$folder
 while :; do
   printf 'step %s\\t%s\\n' "$step" "$(ls -ldn -- "$step" 2>/dev/null)"

@@ -22,6 +22,8 @@ export interface SourceFacts extends DiskOrigin {
   readonly virtualSizeBytes: number;
   /** An upper bound of the guest's data in it: what is sent for a sparse volume. */
   readonly dataBytes: number;
+  /** The size of all its files, as they lie there. */
+  readonly fileBytes: number;
   /** What vouches for each of the files. */
   readonly digests: readonly (Digest | undefined)[];
   /** What the parsers noted, one sentence each. */
@@ -41,6 +43,7 @@ export async function gatherSource(source: OpenSource): Promise<SourceFacts> {
     virtualSizeBytes: image.virtualSizeBytes,
     // Plain data cannot be more than what the files occupy, holes left out.
     dataBytes: image.format === "raw" ? Math.min(runs.dataBytes, allocatedBytes) : runs.dataBytes,
+    fileBytes: files.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0),
     digests: files.map(({ expected }) => expected),
     notes,
     partitions: start && readPartitions(start),
