@@ -2,7 +2,7 @@
 import { isPowerOfTwo, isZero, roundUp } from "./bytes.ts";
 import { ClusterMap } from "./cluster-map.ts";
 import { ImageError } from "./parser.ts";
-import { FEATURE_NAMES_EXTENSION, MAX_L1_BYTES, STAMP_EXTENSION } from "./qcow2.ts";
+import { EXTENSION_HEADER_BYTES, FEATURE_NAMES_EXTENSION, MAX_L1_BYTES, STAMP_EXTENSION } from "./qcow2.ts";
 
 /** A piece of the file. */
 export interface Write {
@@ -43,7 +43,6 @@ const MAX_CLUSTER_BYTES = 2 * 1024 * 1024;
 
 /** As QEMU writes it: 104 bytes, the compression type and 7 of padding. */
 const HEADER_BYTES = 112;
-const EXTENSION_HEADER_BYTES = 8;
 const REFCOUNT_BYTES = 2;
 /** The logarithm of a refcount's bits. */
 const REFCOUNT_ORDER = 4;

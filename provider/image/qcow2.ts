@@ -2,6 +2,7 @@
 import { latin1, safeNumber, viewOf } from "./bytes.ts";
 import type { DiskImage, Encoding, RunList } from "./image.ts";
 import { ImageError, type Parser, readExactly, readUpTo } from "./parser.ts";
+import type { Write } from "./qcow2-writer.ts";
 import { RunListBuilder } from "./runs.ts";
 import { readLowerTables } from "./tables.ts";
 
@@ -13,6 +14,9 @@ export const STAMP_EXTENSION = 0x5649_5254;
 /** The names of feature bits, for error messages of programs that do not know them. */
 export const FEATURE_NAMES_EXTENSION = 0x6803_f857;
 const BITMAPS_EXTENSION = 0x2385_2875;
+
+/** Type and length before an extension's bytes. */
+export const EXTENSION_HEADER_BYTES = 8;
 
 /** Length of the header of version 2, and where its extensions begin. */
 const V2_HEADER_BYTES = 72;
@@ -60,6 +64,8 @@ interface Header {
   readonly features: bigint;
   readonly compression: "deflate" | "zstd";
   readonly extensions: readonly Extension[];
+  /** Where the mark of their end lies, or would. */
+  readonly extensionsEnd: number;
 }
 
 interface Extension {
@@ -137,6 +143,40 @@ export function* readStamp(): Parser<Uint8Array | undefined> {
   return header.extensions.find((extension) => extension.type === STAMP_EXTENSION)?.bytes;
 }
 
+/**
+ * How to put a stamp into an image that another program wrote and that carries none: writes that are to be made in this order, each durable before the
+ * next, so that the image is whole at any time. Throws ImageError as `parseQcow2` does on a header, on an image with a stamp, and when there is no room.
+ */
+export function* placeStamp(stamp: Uint8Array): Parser<readonly [Write, Write]> {
+  const header = yield* readHeader();
+  refuseForeignParts(header);
+  if (header.extensions.some(({ type }) => type === STAMP_EXTENSION)) throw new ImageError("the qcow2 carries a stamp already");
+  const body = new Uint8Array(Math.ceil(stamp.length / 8) * 8 + EXTENSION_HEADER_BYTES);
+  body.set(stamp);
+  const offset = header.extensionsEnd;
+  if (offset + EXTENSION_HEADER_BYTES + body.length > 2 ** header.clusterBits)
+    throw new ImageError(`a stamp of ${stamp.length} bytes does not fit the header's cluster of the qcow2`);
+  const head = new Uint8Array(EXTENSION_HEADER_BYTES);
+  viewOf(head).setUint32(0, STAMP_EXTENSION);
+  viewOf(head).setUint32(4, stamp.length);
+  // Behind the end of the extensions nobody reads; their head, which lies within a sector, makes them count.
+  return [
+    { offset: offset + EXTENSION_HEADER_BYTES, bytes: body },
+    { offset, bytes: head },
+  ];
+}
+
+/**
+ * The write that takes our stamp out again; undefined when there is none, or others lie behind it. Throws ImageError when the header is a damaged one.
+ */
+export function* removeStampFrom(): Parser<Write | undefined> {
+  const { extensions, extensionsEnd } = yield* readHeader();
+  const last = extensions.at(-1);
+  if (last?.type !== STAMP_EXTENSION) return undefined;
+  const lengthBytes = EXTENSION_HEADER_BYTES + Math.ceil(last.bytes.length / 8) * 8;
+  return { offset: extensionsEnd - lengthBytes, bytes: new Uint8Array(EXTENSION_HEADER_BYTES) };
+}
+
 function* readHeader(): Parser<Header> {
   const start = yield* readExactly("", 0, V2_HEADER_BYTES, "the qcow2 header");
   const view = viewOf(start);
@@ -175,7 +215,7 @@ function* readHeader(): Parser<Header> {
     snapshotCount: view.getUint32(60),
     features,
     compression: compressionOf(features, headerBytes > V3_HEADER_BYTES ? cluster[V3_HEADER_BYTES]! : 0),
-    extensions: parseExtensions(cluster.subarray(0, nameStart), headerBytes),
+    ...parseExtensions(cluster.subarray(0, nameStart), headerBytes),
   };
 }
 
@@ -188,7 +228,7 @@ function compressionOf(features: bigint, type: number): "deflate" | "zstd" {
 }
 
 /** `cluster` ends where the extensions must have ended: at the backing file's name or the cluster's end. */
-function parseExtensions(cluster: Uint8Array, start: number): readonly Extension[] {
+function parseExtensions(cluster: Uint8Array, start: number): Pick<Header, "extensions" | "extensionsEnd"> {
   const view = viewOf(cluster);
   const extensions: Extension[] = [];
   let offset = start;
@@ -204,7 +244,7 @@ function parseExtensions(cluster: Uint8Array, start: number): readonly Extension
     extensions.push({ type, bytes: cluster.subarray(offset + 8, offset + 8 + length) });
     offset += 8 + Math.ceil(length / 8) * 8;
   }
-  return extensions;
+  return { extensions, extensionsEnd: offset };
 }
 
 function refuseForeignParts(header: Header): void {
