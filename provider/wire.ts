@@ -2,7 +2,7 @@
  * Between Pulumi's values and ours: serves a resource to the SDK's dynamic provider process, and lets nothing pass in either direction that would
  * lose a thing which exists. Knows no resource, no host and no process.
  */
-import { CommandError, ConnectionError, DiskError, LibvirtError } from "./errors.ts";
+import { CommandError, ConnectionError, DiskError, isRetryable, LibvirtError } from "./errors.ts";
 import { type Context, Incomplete, type Resource } from "./resources/resource.ts";
 
 /** Where the SDK keeps the text of a dynamic provider, in inputs and outputs both. Source: @pulumi/pulumi cmd/dynamic-provider/index.ts `providerKey`. */
@@ -16,6 +16,9 @@ const SCHEMA_VERSION_KEY = "schemaVersion";
  * would then pass for whole.
  */
 const COMPLETE_KEY = "complete";
+
+/** The end of a message about what needs no mending: for people, and for whoever drives many stacks, as codes do not pass the engine. */
+const MAY_PASS = " (it may pass: run up again)";
 
 /** A message travels in a gRPC trailer, which peers bound to 8 KiB and more. */
 const MAX_MESSAGE_CHARACTERS = 4000;
@@ -163,7 +166,7 @@ export function serve<Inputs extends object, State extends object>(
           if (id === "") throw new Error("the resource was created, but without an id; it cannot be stored");
           return { id, outs: finished(id, state, inputs) };
         } catch (error) {
-          if (error instanceof Incomplete) throw partial(error.message, error.resourceId, error.state, inputs, error);
+          if (error instanceof Incomplete) throw partial(messageOf(error), error.resourceId, error.state, inputs, error);
           throw error;
         }
       }),
@@ -185,7 +188,7 @@ export function serve<Inputs extends object, State extends object>(
           return { outs: finished(id, await resource.update(context, id, state, inputsOf(news)), news) };
         } catch (error) {
           const known = { ...state, [PROVIDER_KEY]: news[PROVIDER_KEY] };
-          if (error instanceof Incomplete) throw partial(error.message, id, error.state, known, error);
+          if (error instanceof Incomplete) throw partial(messageOf(error), id, error.state, known, error);
           throw error;
         }
       }),
@@ -291,7 +294,12 @@ function isForeseen(error: unknown): boolean {
 function messageOf(error: unknown): string {
   if (!(error instanceof Error)) return oneLine(String(error));
   const inner = error instanceof AggregateError ? error.errors.map(messageOf).join("; ") : "";
-  return oneLine(error.message || inner || error.name);
+  return `${oneLine(error.message || inner || error.name)}${mayPass(error) ? MAY_PASS : ""}`;
+}
+
+/** An unfinished resource says by its cause whether it may pass. */
+function mayPass(error: Error): boolean {
+  return isRetryable(error) || (error instanceof Incomplete && isRetryable(error.cause));
 }
 
 function oneLine(text: string): string {

@@ -22,13 +22,11 @@ const OWNER = /^\s*(\S+): created by (\S*?)@(\S+) \(pid (\d{1,10})\) at (\S+)\s*
 
 /** The owners that a refusal names. Empty when it names none, or in words that are not known. */
 export function parseLockOwners(refusal: string): readonly LockOwner[] {
-  return Array.from(refusal.matchAll(OWNER), ([, url = "", user = "", host = "", pid = "", since = ""]) => ({
-    url,
-    user,
-    host,
-    pid: Number(pid),
-    sinceMs: Date.parse(since),
-  }));
+  // A command's error repeats what the command printed.
+  const owners = new Map<string, LockOwner>();
+  for (const [, url = "", user = "", host = "", pid = "", since = ""] of refusal.matchAll(OWNER))
+    owners.set(url, { url, user, host, pid: Number(pid), sinceMs: Date.parse(since) });
+  return [...owners.values()];
 }
 
 /**

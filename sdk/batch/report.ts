@@ -20,7 +20,9 @@ export interface Span {
 export interface MachineReport {
   readonly name: string;
   readonly wave: number;
+  /** The host as the manifest calls it, and its URI. */
   readonly target: string;
+  readonly uri: string;
   readonly source: string;
   readonly labels: Readonly<Record<string, string>>;
   readonly state: MachineStanding["state"];
@@ -100,7 +102,8 @@ function machineReport(machine: BatchMachine, standing: MachineStanding, records
   return {
     name: machine.name,
     wave: machine.wave,
-    target: machine.declaration.host.uri,
+    target: machine.hostName,
+    uri: machine.declaration.host.uri,
     source: typeof source === "string" ? source : JSON.stringify(machine.declaration.source),
     labels: machine.labels,
     state: standing.state,
@@ -253,11 +256,11 @@ function timeline(machines: readonly MachineReport[], runs: BatchReport["runs"])
 }
 
 function details(machine: MachineReport): string {
-  const { name, state, source, target, made, reasons, findings, labels, spans, wave } = machine;
+  const { name, state, source, target, uri, made, reasons, findings, labels, spans, wave } = machine;
   const hardware = made?.machine;
   const facts: readonly (readonly [string, string])[] = [
     ["From", source],
-    ["To", target],
+    ["To", target === uri ? uri : `${target} (${uri})`],
     ["Wave", String(wave)],
     ...Object.entries(labels).map(([key, value]): readonly [string, string] => [key, value]),
     ...(hardware === undefined
@@ -346,7 +349,7 @@ td { padding: .5rem .7rem .5rem 0; border-bottom: 1px solid var(--line); vertica
 tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 a { color: inherit; text-decoration-color: var(--line); text-underline-offset: 3px; }
-.badge { font-size: .75rem; font-weight: 600; padding: .1rem .55rem; border-radius: 99px; border: 1px solid var(--line); color: var(--soft); }
+.badge { font-size: .75rem; font-weight: 600; padding: .1rem .55rem; white-space: nowrap; border-radius: 99px; border: 1px solid var(--line); color: var(--soft); }
 .badge.good { color: var(--good); border-color: currentColor; } .badge.bad { color: var(--bad); border-color: currentColor; }
 .reason { color: var(--bad); margin: 0 0 .75rem; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: .5rem 1.5rem; margin: 0 0 .9rem; }

@@ -131,8 +131,11 @@ class LockedError extends Error {
   override readonly name = "LockedError";
 }
 
-/** What the engine says when a provider or an engine of ours died. Sources: grpc-go status texts; execa's message for a signalled child. */
-const PASSING = /error reading from server|transport is closing|code = Unavailable|may pass: run it again/;
+/**
+ * What passes by itself: a provider that died (grpc-go's status texts), an earlier provider that has not ended yet (its import's lock), and what the
+ * provider says may pass; the preview before let the host pass, so that it failing now is of the same kind. Sources: provider/transfer, provider/wire.ts.
+ */
+const PASSING = /error reading from server|transport is closing|code = Unavailable|another import is writing|\(it may pass: |^host: /;
 const KILLED = /was killed with SIG/;
 
 function failureOf(error: unknown, told: readonly string[]): Outcome {
@@ -162,11 +165,16 @@ const OURS = /^pulumi-nodejs:dynamic\/virtlift:(ImportedDisk|VirtualMachine)$/;
 /** The engine's severities that are for people; there is `debug` besides. */
 const LEVELS: Readonly<Record<string, "info" | "warn" | "error">> = { info: "info", "info#err": "warn", warning: "warn", error: "error" };
 
+/** What the engine says at the end of everything that failed. */
+const ENGINE_SUMMARY = /^(update|preview|refresh|destroy) failed$/;
+
 function eventsOf({ diagnosticEvent, resourcePreEvent, resOutputsEvent, resOpFailedEvent }: EngineEvent): readonly WorkerEvent[] {
   if (diagnosticEvent !== undefined) {
     const text = plain(diagnosticEvent.message);
     const level = LEVELS[diagnosticEvent.severity];
-    return level === undefined || diagnosticEvent.ephemeral === true || text === "" ? [] : [{ event: "line", level, text }];
+    return level === undefined || ENGINE_SUMMARY.test(text) || diagnosticEvent.ephemeral === true || text === ""
+      ? []
+      : [{ event: "line", level, text }];
   }
   if (resourcePreEvent !== undefined) return stepOf("begun", resourcePreEvent.metadata);
   if (resOutputsEvent !== undefined) return stepOf("ended", resOutputsEvent.metadata);
