@@ -33,12 +33,16 @@ export interface VirtualMachineState extends Omit<Resolved, "origin" | "host" | 
   readonly uuid: string;
   /** As it was when virtlift last looked. */
   readonly powerState: PowerState;
-  /** Addresses at which others can reach it, as its lease or its agent says; empty when neither does. */
+  /** Addresses at which others can reach it, IPv4 first, as its lease, its agent or its host's neighbour table says; empty when none does. */
   readonly ipAddresses: readonly string[];
+  /** What the guest calls itself, as its agent or its lease says; undefined when neither does. */
+  readonly hostname: string | undefined;
   /** In the order of `networks`. Known in preview. */
   readonly macAddresses: readonly string[];
-  /** Absolute paths on the host: of the boot disk, then of `disks` in their order. Known in preview. */
+  /** Absolute paths on the host: of the boot disk, then of `disks` in their order; empty for a CD-ROM drive that is empty. Known in preview. */
   readonly diskPaths: readonly string[];
+  /** The names by which libvirt knows the disks, in that order, then of the seed's drive. Known in preview. */
+  readonly diskTargets: readonly string[];
   /** Absolute path, on the host, of the file that keeps what the guest writes to its first serial port. Known in preview. */
   readonly serialLog: string;
   /** Whether the guest runs on older hardware than is declared, until its next start. */
@@ -51,20 +55,36 @@ export interface VirtualMachineState extends Omit<Resolved, "origin" | "host" | 
 
 /** A property that is not named to Pulumi here never becomes an output of the object. */
 const OUTPUTS: Readonly<Record<keyof VirtualMachineState, undefined>> = {
+  adopt: undefined,
   autostart: undefined,
+  ballooning: undefined,
+  bootDisk: undefined,
   bus: undefined,
+  clock: undefined,
+  cloudInit: undefined,
   cpu: undefined,
+  cpuPinning: undefined,
+  cpuTopology: undefined,
   description: undefined,
   diskPaths: undefined,
   disks: undefined,
+  diskTargets: undefined,
   domainType: undefined,
   firmware: undefined,
+  graphics: undefined,
+  guest: undefined,
   host: undefined,
+  hostname: undefined,
+  hugepages: undefined,
+  hyperv: undefined,
   image: undefined,
   importedDisk: undefined,
   ipAddresses: undefined,
+  loader: undefined,
   macAddresses: undefined,
   machine: undefined,
+  maxMemoryMiB: undefined,
+  maxVcpus: undefined,
   memoryMiB: undefined,
   name: undefined,
   networks: undefined,
@@ -75,14 +95,20 @@ const OUTPUTS: Readonly<Record<keyof VirtualMachineState, undefined>> = {
   preflight: undefined,
   ready: undefined,
   restartPending: undefined,
+  rng: undefined,
   secureBoot: undefined,
   serialLog: undefined,
   shutdownTimeoutSeconds: undefined,
+  smbios: undefined,
   tags: undefined,
   title: undefined,
+  tpm: undefined,
   uuid: undefined,
   vcpus: undefined,
+  video: undefined,
   waitFor: undefined,
+  watchdog: undefined,
+  xmlPatches: undefined,
 };
 
 // Pulumi assigns them all in its constructor, and the type of OUTPUTS keeps that list complete.

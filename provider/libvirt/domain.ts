@@ -3,7 +3,20 @@
  * of the machine type) is no part of the data. Pure: knows no connection and no host. Source: https://libvirt.org/formatdomain.html.
  */
 import { parseXml, type XmlElement } from "../image/xml.ts";
+import {
+  type Addresses,
+  diskElement,
+  type DiskSpec,
+  interfaceElement,
+  type InterfaceSpec,
+  type ObservedDisk,
+  type ObservedInterface,
+  parseDisk,
+  parseInterface,
+} from "./domain-devices.ts";
 import { element, type Element, renderXml } from "./render.ts";
+import { attribute, child, childrenOf, text } from "./tree.ts";
+import { patchXml, type XmlPatch } from "./xml-patch.ts";
 
 /** The namespace of our element in `<metadata>`. */
 export const MACHINE_NAMESPACE = "https://virtlift.dev/xmlns/machine/1";
@@ -19,6 +32,8 @@ export interface MachineMetadata {
   /** The volumes that were made for this machine and go with it. */
   readonly volumes: readonly OwnVolume[];
   readonly tags: Readonly<Record<string, string>>;
+  /** A hash of the XML patches that the definition was made with; undefined: none. */
+  readonly patches?: string | undefined;
 }
 
 export interface DiskProvenance {
@@ -45,55 +60,95 @@ export interface ObservedDomain {
   readonly title?: string | undefined;
   readonly description?: string | undefined;
   readonly metadata?: MachineMetadata | undefined;
+  /** What the guest gets. */
   readonly memoryKiB: number;
+  /** What it can be given while it runs. Undefined: not more. */
+  readonly maxMemoryKiB?: number | undefined;
+  /** The size of the huge pages that its memory is made of, 0 for the host's default size. Undefined: ordinary pages. */
+  readonly hugepagesKiB?: number | undefined;
   readonly vcpus: number;
+  /** How many it can be given while it runs. Undefined: not more. */
+  readonly maxVcpus?: number | undefined;
+  /** By number of the virtual CPU, ascending. Undefined: none is pinned. */
+  readonly pinning?: readonly VcpuPin[] | undefined;
   readonly arch: string;
   /** `q35` or `pc` for any version of these, else libvirt's word. */
   readonly machine: string;
   readonly firmware: "bios" | "uefi";
   readonly secureBoot: boolean;
+  /** The files of UEFI where they were given and not chosen by libvirt. */
+  readonly loader?: Loader | undefined;
+  /** Undefined: what the hypervisor makes up. */
+  readonly smbios?: Smbios | undefined;
   /** Undefined: the hypervisor's default. */
   readonly cpu?: ObservedCpu | undefined;
+  readonly topology?: CpuTopology | undefined;
   /** `utc`, `localtime` and so on. */
   readonly clock: string;
+  /** Whether a Windows guest is told that it runs on a hypervisor, and how to save it work. */
+  readonly hasHyperv: boolean;
   /** In the order of the definition. */
   readonly disks: readonly ObservedDisk[];
   readonly interfaces: readonly ObservedInterface[];
   /** Absolute path of the file that keeps what the guest writes to its first serial port. */
   readonly serialLog?: string | undefined;
+  /** Undefined: none. */
+  readonly graphics?: Graphics | undefined;
+  /** `vga`, `virtio`, `qxl`; undefined: no graphics card. */
+  readonly video?: string | undefined;
+  /** Whether it has a TPM 2.0. */
+  readonly hasTpm: boolean;
+  /** Whether memory can be taken from it and given back while it runs. */
+  readonly hasBalloon: boolean;
+  /** Whether it is given random numbers. */
+  readonly hasRng: boolean;
+  /** What its watchdog does when the guest hangs: `reset`, `poweroff`, `pause`. Undefined: it has none. */
+  readonly watchdog?: string | undefined;
+}
+
+/** A CPU of the guest that runs on some of the host's only. */
+export interface VcpuPin {
+  readonly vcpu: number;
+  /** As libvirt writes it: `0-3,8`. */
+  readonly cpus: string;
+}
+
+export interface Loader {
+  readonly path: string;
+  /** What the machine's NVRAM is made from. */
+  readonly nvramTemplate?: string | undefined;
+  /** The machine's NVRAM. Undefined: where libvirt keeps those of machines. */
+  readonly nvram?: string | undefined;
+}
+
+/** Tables of SMBIOS with their entries by libvirt's names: `manufacturer`, `serial`. */
+export interface Smbios {
+  readonly system?: Readonly<Record<string, string>> | undefined;
+  readonly baseBoard?: Readonly<Record<string, string>> | undefined;
+  readonly chassis?: Readonly<Record<string, string>> | undefined;
+}
+
+export interface CpuTopology {
+  readonly sockets: number;
+  readonly cores: number;
+  readonly threads: number;
+}
+
+export interface Graphics {
+  /** `vnc`, `spice`. */
+  readonly type: string;
+  /** The host's address on which it is served. */
+  readonly listen?: string | undefined;
 }
 
 export interface ObservedCpu {
   /** `host-passthrough`, `host-model`, `maximum`, or `custom` with a model. */
   readonly mode: string;
   readonly model?: string | undefined;
-}
-
-export interface ObservedDisk {
-  /** `disk`, `cdrom`, `floppy`, `lun`. */
-  readonly device: string;
-  /** Absolute path; undefined for an empty drive and for what is no file. */
-  readonly path?: string | undefined;
-  /** `qcow2`, `raw`; undefined where libvirt is left to guess. */
-  readonly format?: string | undefined;
-  readonly bus: string;
-  /** The name that libvirt knows it by: `vda`. The guest may have another. */
-  readonly target: string;
-  /** From 1. */
-  readonly bootOrder?: number | undefined;
-  readonly serial?: string | undefined;
-  readonly isReadOnly: boolean;
-}
-
-export interface ObservedInterface {
-  /** `network`, `bridge`, `user`, `direct` and so on. */
-  readonly type: string;
-  /** The network's or the bridge's name; undefined for `user`. */
-  readonly source?: string | undefined;
-  /** Lower case, with colons. */
-  readonly mac: string;
-  /** `virtio`, `e1000e`. */
-  readonly model?: string | undefined;
+  /** By name: `require`, `disable` and so on. Undefined: none is named. */
+  readonly features?: Readonly<Record<string, string>> | undefined;
+  /** False where features that keep a guest on its host are let through. Undefined: they are not. */
+  readonly isMigratable?: false | undefined;
 }
 
 /** A machine as we define it. */
@@ -105,18 +160,8 @@ export interface DomainSpec extends ObservedDomain {
   readonly clock: "utc" | "localtime";
   readonly disks: readonly DiskSpec[];
   readonly interfaces: readonly InterfaceSpec[];
-}
-
-export interface DiskSpec extends ObservedDisk {
-  readonly device: "disk" | "cdrom";
-  readonly path: string;
-  readonly format: "qcow2" | "raw";
-  readonly bus: "virtio" | "sata" | "scsi" | "ide";
-}
-
-export interface InterfaceSpec extends ObservedInterface {
-  readonly type: "network" | "bridge" | "user";
-  readonly model: string;
+  /** Applied to the definition before it is handed over. */
+  readonly xmlPatches?: readonly XmlPatch[] | undefined;
 }
 
 /**
@@ -126,47 +171,55 @@ export interface InterfaceSpec extends ObservedInterface {
 export interface Placement {
   readonly machine: string;
   readonly firmwareFiles: readonly XmlElement[];
-  readonly addresses: ReadonlyMap<string, Readonly<Record<string, string>>>;
+  readonly addresses: Addresses;
 }
 
-/** The domain XML of a machine. `placement` is that of the definition which this one replaces. Throws RangeError on text that XML cannot hold. */
+/**
+ * Slots of a q35 that take a PCI Express card each, those of the machine's own devices included: what is not taken is there to plug into while the
+ * guest runs. As many as virt-install makes (DomainPci in virt-manager's domain.py); libvirt alone leaves one.
+ */
+const PCIE_SLOTS = 14;
+
+/**
+ * The domain XML of a machine. `placement` is that of the definition which this one replaces.
+ * Throws RangeError on text that XML cannot hold, and PatchError.
+ */
 export function renderDomain(spec: DomainSpec, placement?: Placement): string {
-  return renderXml(
-    element(
-      "domain",
-      { type: spec.type },
-      element("name", {}, spec.name),
-      element("uuid", {}, spec.uuid),
-      spec.title === undefined ? undefined : element("title", {}, spec.title),
-      spec.description === undefined ? undefined : element("description", {}, spec.description),
-      element("metadata", {}, metadataElement(spec.metadata)),
-      element("memory", { unit: "KiB" }, String(spec.memoryKiB)),
-      element("currentMemory", { unit: "KiB" }, String(spec.memoryKiB)),
-      element("vcpu", {}, String(spec.vcpus)),
-      osElement(spec, placement),
-      element("features", {}, element("acpi"), element("apic"), spec.secureBoot ? element("smm", { state: "on" }) : undefined),
-      spec.cpu && cpuElement(spec.cpu),
-      clockElement(spec.clock),
-      element("on_poweroff", {}, "destroy"),
-      element("on_reboot", {}, "restart"),
-      element("on_crash", {}, "destroy"),
-      element(
-        "devices",
-        {},
-        ...spec.disks.map((disk) => diskElement(disk, placement)),
-        spec.disks.some(({ bus }) => bus === "scsi") ? element("controller", { type: "scsi", index: 0, model: "virtio-scsi" }) : undefined,
-        ...spec.interfaces.map((each) => interfaceElement(each, placement)),
-        element("serial", { type: "pty" }, serialLogElement(spec), element("target", { port: 0 })),
-        element("console", { type: "pty" }, serialLogElement(spec), element("target", { type: "serial", port: 0 })),
-        element("channel", { type: "unix" }, element("target", { type: "virtio", name: "org.qemu.guest_agent.0" })),
-        element("input", { type: "tablet", bus: "usb" }),
-        element("graphics", { type: "vnc", autoport: "yes", listen: "127.0.0.1" }),
-        element("video", {}, element("model", { type: "vga" })),
-        element("memballoon", { model: "virtio" }),
-        element("rng", { model: "virtio" }, element("backend", { model: "random" }, "/dev/urandom")),
-      ),
-    ),
+  const { maxMemoryKiB = spec.memoryKiB, maxVcpus = spec.vcpus } = spec;
+  const domain = element(
+    "domain",
+    { type: spec.type },
+    element("name", {}, spec.name),
+    element("uuid", {}, spec.uuid),
+    spec.title === undefined ? undefined : element("title", {}, spec.title),
+    spec.description === undefined ? undefined : element("description", {}, spec.description),
+    element("metadata", {}, metadataElement(spec.metadata)),
+    element("memory", { unit: "KiB" }, String(maxMemoryKiB)),
+    element("currentMemory", { unit: "KiB" }, String(spec.memoryKiB)),
+    hugepagesElement(spec),
+    element("vcpu", { current: maxVcpus === spec.vcpus ? undefined : spec.vcpus }, String(maxVcpus)),
+    spec.pinning && element("cputune", {}, ...spec.pinning.map(({ vcpu, cpus }) => element("vcpupin", { vcpu, cpuset: cpus }))),
+    osElement(spec, placement),
+    spec.smbios && sysinfoElement(spec.smbios),
+    featuresElement(spec),
+    cpuElement(spec),
+    clockElement(spec),
+    element("on_poweroff", {}, "destroy"),
+    element("on_reboot", {}, "restart"),
+    element("on_crash", {}, "destroy"),
+    element("devices", {}, ...deviceElements(spec, placement)),
   );
+  return renderXml(patchXml(domain, spec.xmlPatches ?? []));
+}
+
+/** A disk by itself, as calls that attach, detach and update take it. */
+export function renderDisk(disk: DiskSpec): string {
+  return renderXml(diskElement(disk));
+}
+
+/** An interface by itself, as calls that attach, detach and update take it. */
+export function renderInterface(each: InterfaceSpec): string {
+  return renderXml(interfaceElement(each));
 }
 
 /** Our metadata as `domainSetMetadata` takes it: libvirt adds the namespace and the prefix itself. */
@@ -177,7 +230,11 @@ export function renderMetadata(metadata: MachineMetadata): string {
 function metadataElement(metadata: MachineMetadata, prefix = `${MACHINE_PREFIX}:`): Element {
   return element(
     `${prefix}machine`,
-    { [`xmlns:${MACHINE_PREFIX}`]: prefix === "" ? undefined : MACHINE_NAMESPACE, origin: metadata.origin },
+    {
+      [`xmlns:${MACHINE_PREFIX}`]: prefix === "" ? undefined : MACHINE_NAMESPACE,
+      origin: metadata.origin,
+      patches: metadata.patches,
+    },
     ...metadata.disks.map(({ diskId, source, migrationRef }) => element(`${prefix}disk`, { id: diskId, source, migrationRef })),
     ...metadata.volumes.map(({ path, isUnfinished }) =>
       element(`${prefix}volume`, { path, state: isUnfinished ? "unfinished" : undefined }),
@@ -186,66 +243,117 @@ function metadataElement(metadata: MachineMetadata, prefix = `${MACHINE_PREFIX}:
   );
 }
 
+function hugepagesElement({ hugepagesKiB }: DomainSpec): Element | undefined {
+  if (hugepagesKiB === undefined) return undefined;
+  const page = hugepagesKiB === 0 ? undefined : element("page", { size: hugepagesKiB, unit: "KiB" });
+  return element("memoryBacking", {}, element("hugepages", {}, page));
+}
+
 function osElement(spec: DomainSpec, placement: Placement | undefined): Element {
   const machine = placement !== undefined && machineFamily(placement.machine) === spec.machine ? placement.machine : spec.machine;
   const type = element("type", { arch: spec.arch, machine }, "hvm");
-  if (spec.firmware === "bios") return element("os", {}, type);
+  const smbios = spec.smbios && element("smbios", { mode: "sysinfo" });
+  if (spec.firmware === "bios") return element("os", {}, type, smbios);
+  if (spec.loader) {
+    const { path, nvramTemplate, nvram } = spec.loader;
+    return element(
+      "os",
+      {},
+      type,
+      element("loader", { readonly: "yes", secure: spec.secureBoot ? "yes" : undefined, type: "pflash" }, path),
+      nvramTemplate === undefined && nvram === undefined ? undefined : element("nvram", { template: nvramTemplate }, nvram),
+      smbios,
+    );
+  }
   const features = ["enrolled-keys", "secure-boot"].map((name) => element("feature", { enabled: spec.secureBoot ? "yes" : "no", name }));
   return element(
     "os",
     { firmware: "efi" },
     type,
     element("firmware", {}, ...features),
-    ...(placement?.firmwareFiles ?? []).map(({ name, attributes, text }) => element(name, Object.fromEntries(attributes), text)),
+    ...(placement?.firmwareFiles ?? []).map(({ name, attributes, text: path }) => element(name, Object.fromEntries(attributes), path)),
+    smbios,
   );
 }
 
-function cpuElement({ mode, model }: ObservedCpu): Element {
-  return model === undefined
-    ? element("cpu", { mode })
-    : element("cpu", { mode, match: "exact" }, element("model", { fallback: "forbid" }, model));
+/** Of the chassis libvirt knows fewer entries than SMBIOS has. Source: formatdomain.html#smbios-system-information. */
+function sysinfoElement(smbios: Smbios): Element {
+  const tables = (["system", "baseBoard", "chassis"] as const).flatMap((table) => {
+    const entries = Object.entries(smbios[table] ?? {});
+    return entries.length === 0 ? [] : [element(table, {}, ...entries.map(([name, value]) => element("entry", { name }, value)))];
+  });
+  return element("sysinfo", { type: "smbios" }, ...tables);
+}
+
+/** What current versions of Windows use of Hyper-V, as virt-install sets it (DomainFeatures in virt-manager's guest.py). */
+function featuresElement({ secureBoot, hasHyperv }: DomainSpec): Element {
+  const on = (name: string, more: Readonly<Record<string, string>> = {}): Element => element(name, { state: "on", ...more });
+  const hyperv = element(
+    "hyperv",
+    { mode: "custom" },
+    on("relaxed"),
+    on("vapic"),
+    on("spinlocks", { retries: "8191" }),
+    on("vpindex"),
+    on("runtime"),
+    on("synic"),
+    on("stimer"),
+    on("frequencies"),
+  );
+  return element("features", {}, element("acpi"), element("apic"), hasHyperv ? hyperv : undefined, secureBoot ? on("smm") : undefined);
+}
+
+function cpuElement({ cpu, topology }: DomainSpec): Element | undefined {
+  if (cpu === undefined && topology === undefined) return undefined;
+  return element(
+    "cpu",
+    {
+      mode: cpu?.mode,
+      match: cpu?.model === undefined ? undefined : "exact",
+      migratable: cpu?.isMigratable === false ? "off" : undefined,
+    },
+    cpu?.model === undefined ? undefined : element("model", { fallback: "forbid" }, cpu.model),
+    topology && element("topology", { sockets: topology.sockets, dies: 1, cores: topology.cores, threads: topology.threads }),
+    ...Object.entries(cpu?.features ?? {}).map(([name, policy]) => element("feature", { policy, name })),
+  );
 }
 
 /** The ticks of a PC's clocks as libvirt's own tools set them: a late interrupt is made up for, and no HPET wakes an idle guest. */
-function clockElement(offset: string): Element {
+function clockElement({ clock, hasHyperv }: DomainSpec): Element {
   return element(
     "clock",
-    { offset },
+    { offset: clock },
     element("timer", { name: "rtc", tickpolicy: "catchup" }),
     element("timer", { name: "pit", tickpolicy: "delay" }),
     element("timer", { name: "hpet", present: "no" }),
+    hasHyperv ? element("timer", { name: "hypervclock", present: "yes" }) : undefined,
   );
 }
 
-function diskElement(disk: DiskSpec, placement: Placement | undefined): Element {
-  return element(
-    "disk",
-    { type: "file", device: disk.device },
-    element("driver", { name: "qemu", type: disk.format, discard: disk.device === "disk" ? "unmap" : undefined }),
-    element("source", { file: disk.path }),
-    element("target", { dev: disk.target, bus: disk.bus }),
-    disk.serial === undefined ? undefined : element("serial", {}, disk.serial),
-    disk.isReadOnly ? element("readonly") : undefined,
-    disk.bootOrder === undefined ? undefined : element("boot", { order: disk.bootOrder }),
-    disk.bus === "virtio" ? addressElement(placement, disk.path) : undefined,
-  );
+function deviceElements(spec: DomainSpec, placement: Placement | undefined): readonly (Element | undefined)[] {
+  const { graphics, watchdog } = spec;
+  const slots = Array.from({ length: PCIE_SLOTS }, (_, slot) => slot + 1);
+  return [
+    ...spec.disks.map((disk) => diskElement(disk, placement?.addresses)),
+    ...(spec.machine === "q35" ? [element("controller", { type: "pci", index: 0, model: "pcie-root" })] : []),
+    ...(spec.machine === "q35" ? slots.map((index) => element("controller", { type: "pci", index, model: "pcie-root-port" })) : []),
+    spec.disks.some(({ bus }) => bus === "scsi") ? element("controller", { type: "scsi", index: 0, model: "virtio-scsi" }) : undefined,
+    ...spec.interfaces.map((each) => interfaceElement(each, placement?.addresses)),
+    element("serial", { type: "pty" }, serialLogElement(spec), element("target", { port: 0 })),
+    element("console", { type: "pty" }, serialLogElement(spec), element("target", { type: "serial", port: 0 })),
+    element("channel", { type: "unix" }, element("target", { type: "virtio", name: "org.qemu.guest_agent.0" })),
+    element("input", { type: "tablet", bus: "usb" }),
+    spec.hasTpm ? element("tpm", { model: "tpm-crb" }, element("backend", { type: "emulator", version: "2.0" })) : undefined,
+    graphics && element("graphics", { type: graphics.type, autoport: "yes", listen: graphics.listen }),
+    element("video", {}, element("model", { type: spec.video ?? "none" })),
+    watchdog === undefined ? undefined : element("watchdog", { model: WATCHDOG, action: watchdog }),
+    element("memballoon", { model: spec.hasBalloon ? "virtio" : "none" }),
+    spec.hasRng ? element("rng", { model: "virtio" }, element("backend", { model: "random" }, "/dev/urandom")) : undefined,
+  ];
 }
 
-function interfaceElement({ type, source, mac, model }: InterfaceSpec, placement: Placement | undefined): Element {
-  return element(
-    "interface",
-    { type },
-    element("mac", { address: mac }),
-    source === undefined ? undefined : element("source", { [type]: source }),
-    element("model", { type: model }),
-    addressElement(placement, mac),
-  );
-}
-
-function addressElement(placement: Placement | undefined, key: string): Element | undefined {
-  const address = placement?.addresses.get(key);
-  return address && element("address", address);
-}
+/** The watchdog that machines of both chipsets can have. libvirt 9.1 and later give each q35 an `itco` besides, which is the chipset's own. */
+const WATCHDOG = "i6300esb";
 
 /** Truncated at each start: what is in it was said by this run of the guest. */
 function serialLogElement({ serialLog }: DomainSpec): Element | undefined {
@@ -256,27 +364,32 @@ function serialLogElement({ serialLog }: DomainSpec): Element | undefined {
 export function parseDomain(xml: string): ObservedDomain {
   const domain = parseXml(xml, "the domain XML");
   const os = child(domain, "os");
-  const type = os && child(os, "type");
+  const features = child(domain, "features");
   const cpu = child(domain, "cpu");
   const devices = child(domain, "devices");
-  const serial = devices && child(devices, "serial");
+  const name = text(domain, "name") ?? "";
   return {
     type: attribute(domain, "type") ?? "",
-    name: text(domain, "name") ?? "",
+    name,
     uuid: text(domain, "uuid") ?? "",
     title: text(domain, "title"),
     description: text(domain, "description"),
     metadata: parseMetadata(domain),
-    memoryKiB: parseMemoryKiB(child(domain, "memory")),
-    vcpus: Number(text(domain, "vcpu") ?? "1"),
-    arch: attribute(type, "arch") ?? "",
-    machine: machineFamily(attribute(type, "machine") ?? ""),
-    ...parseFirmware(os, child(domain, "features")),
+    ...parseMemory(domain),
+    ...parseVcpus(domain),
+    arch: attribute(child(os, "type"), "arch") ?? "",
+    machine: machineFamily(attribute(child(os, "type"), "machine") ?? ""),
+    ...parseFirmware(os, features),
+    loader: parseLoader(os, name),
+    smbios: parseSmbios(child(domain, "sysinfo")),
     cpu: cpu && parseCpu(cpu),
+    topology: parseTopology(child(cpu, "topology")),
     clock: attribute(child(domain, "clock"), "offset") ?? "utc",
+    hasHyperv: child(features, "hyperv") !== undefined,
     disks: childrenOf(devices, "disk").map(parseDisk),
     interfaces: childrenOf(devices, "interface").map(parseInterface),
-    serialLog: attribute(serial && child(serial, "log"), "file"),
+    serialLog: attribute(child(child(devices, "serial"), "log"), "file"),
+    ...parseFurtherDevices(devices),
   };
 }
 
@@ -294,7 +407,7 @@ export function parsePlacement(xml: string): Placement {
     }
   }
   return {
-    machine: attribute(os && child(os, "type"), "machine") ?? "",
+    machine: attribute(child(os, "type"), "machine") ?? "",
     firmwareFiles: childrenOf(os).filter(({ name }) => name === "loader" || name === "nvram"),
     addresses,
   };
@@ -321,48 +434,100 @@ function parseMetadata(domain: XmlElement): MachineMetadata | undefined {
       isUnfinished: attribute(volume, "state") === "unfinished",
     })),
     tags: Object.fromEntries(childrenOf(machine, "tag").map((tag) => [attribute(tag, "name") ?? "", attribute(tag, "value") ?? ""])),
+    patches: attribute(machine, "patches"),
   };
 }
 
 /** A loader from a file of flash memory is UEFI's; firmware from a file may be either, and libvirt names it. */
 function parseFirmware(os: XmlElement | undefined, features: XmlElement | undefined): Pick<ObservedDomain, "firmware" | "secureBoot"> {
-  const loader = os && child(os, "loader");
+  const loader = child(os, "loader");
   const isUefi = attribute(os, "firmware") === "efi" || (attribute(os, "firmware") === undefined && attribute(loader, "type") === "pflash");
-  const feature = childrenOf(os && child(os, "firmware"), "feature").find((each) => attribute(each, "name") === "secure-boot");
-  const smm = features && child(features, "smm");
+  const feature = childrenOf(child(os, "firmware"), "feature").find((each) => attribute(each, "name") === "secure-boot");
+  const smm = child(features, "smm");
   const isSecure = feature ? attribute(feature, "enabled") === "yes" : attribute(loader, "secure") === "yes" && smm !== undefined;
   return { firmware: isUefi ? "uefi" : "bios", secureBoot: isUefi && isSecure };
+}
+
+/** Where libvirt chose the firmware, its files are no part of the data; nor is the place where it keeps a machine's NVRAM by itself. */
+function parseLoader(os: XmlElement | undefined, machine: string): Loader | undefined {
+  const path = text(os, "loader");
+  if (path === undefined || attribute(os, "firmware") !== undefined || attribute(child(os, "loader"), "type") !== "pflash")
+    return undefined;
+  const nvram = text(os, "nvram");
+  const isOwn = nvram === undefined || nvram === "" || nvram.endsWith(`/nvram/${machine}_VARS.fd`);
+  return { path, nvramTemplate: attribute(child(os, "nvram"), "template"), nvram: isOwn ? undefined : nvram };
+}
+
+function parseSmbios(sysinfo: XmlElement | undefined): Smbios | undefined {
+  if (attribute(sysinfo, "type") !== "smbios") return undefined;
+  const table = (name: string): Readonly<Record<string, string>> | undefined => {
+    const found = child(sysinfo, name);
+    return found && Object.fromEntries(childrenOf(found, "entry").map((entry) => [attribute(entry, "name") ?? "", entry.text]));
+  };
+  return { system: table("system"), baseBoard: table("baseBoard"), chassis: table("chassis") };
 }
 
 function parseCpu(cpu: XmlElement): ObservedCpu | undefined {
   const mode = attribute(cpu, "mode") ?? (child(cpu, "model") ? "custom" : undefined);
   if (mode === undefined) return undefined;
-  return { mode, model: mode === "custom" ? text(cpu, "model") : undefined };
-}
-
-function parseDisk(disk: XmlElement): ObservedDisk {
-  const target = child(disk, "target");
-  const bootOrder = attribute(child(disk, "boot"), "order");
+  const features = childrenOf(cpu, "feature").map((feature) => [
+    attribute(feature, "name") ?? "",
+    attribute(feature, "policy") ?? "require",
+  ]);
   return {
-    device: attribute(disk, "device") ?? "disk",
-    path: attribute(disk, "type") === "file" ? attribute(child(disk, "source"), "file") : undefined,
-    format: attribute(child(disk, "driver"), "type"),
-    bus: attribute(target, "bus") ?? "",
-    target: attribute(target, "dev") ?? "",
-    bootOrder: bootOrder === undefined ? undefined : Number(bootOrder),
-    serial: text(disk, "serial"),
-    // libvirt marks every CD-ROM, whether it was told to or not.
-    isReadOnly: child(disk, "readonly") !== undefined,
+    mode,
+    model: mode === "custom" ? text(cpu, "model") : undefined,
+    features: features.length === 0 ? undefined : (Object.fromEntries(features) as Readonly<Record<string, string>>),
+    isMigratable: attribute(cpu, "migratable") === "off" ? false : undefined,
   };
 }
 
-function parseInterface(each: XmlElement): ObservedInterface {
-  const type = attribute(each, "type") ?? "";
+function parseTopology(topology: XmlElement | undefined): CpuTopology | undefined {
+  if (topology === undefined) return undefined;
+  const count = (name: string): number => Number(attribute(topology, name) ?? "1");
+  return { sockets: count("sockets") * count("dies"), cores: count("cores"), threads: count("threads") };
+}
+
+function parseMemory(domain: XmlElement): Pick<ObservedDomain, "memoryKiB" | "maxMemoryKiB" | "hugepagesKiB"> {
+  const maximum = parseMemoryKiB(child(domain, "memory"));
+  const current = child(domain, "currentMemory");
+  const memoryKiB = current === undefined ? maximum : parseMemoryKiB(current);
+  const hugepages = child(child(domain, "memoryBacking"), "hugepages");
+  const page = child(hugepages, "page");
+  const size = (Number(attribute(page, "size") ?? "0") * (MEMORY_UNITS[attribute(page, "unit") ?? "KiB"] ?? 1024)) / 1024;
+  return { memoryKiB, maxMemoryKiB: maximum === memoryKiB ? undefined : maximum, hugepagesKiB: hugepages && size };
+}
+
+function parseVcpus(domain: XmlElement): Pick<ObservedDomain, "vcpus" | "maxVcpus" | "pinning"> {
+  const maximum = Number(text(domain, "vcpu") ?? "1");
+  const vcpus = Number(attribute(child(domain, "vcpu"), "current") ?? maximum);
+  const pins = childrenOf(child(domain, "cputune"), "vcpupin").map((pin) => ({
+    vcpu: Number(attribute(pin, "vcpu")),
+    cpus: attribute(pin, "cpuset") ?? "",
+  }));
   return {
-    type,
-    source: attribute(child(each, "source"), type),
-    mac: (attribute(child(each, "mac"), "address") ?? "").toLowerCase(),
-    model: attribute(child(each, "model"), "type"),
+    vcpus,
+    maxVcpus: maximum === vcpus ? undefined : maximum,
+    pinning: pins.length === 0 ? undefined : pins.toSorted((one, other) => one.vcpu - other.vcpu),
+  };
+}
+
+function parseFurtherDevices(
+  devices: XmlElement | undefined,
+): Pick<ObservedDomain, "graphics" | "video" | "hasTpm" | "hasBalloon" | "hasRng" | "watchdog"> {
+  const graphics = child(devices, "graphics");
+  const video = attribute(child(child(devices, "video"), "model"), "type");
+  const balloon = attribute(child(devices, "memballoon"), "model");
+  return {
+    graphics: graphics && { type: attribute(graphics, "type") ?? "", listen: attribute(graphics, "listen") },
+    video: video === "none" ? undefined : video,
+    hasTpm: child(devices, "tpm") !== undefined,
+    hasBalloon: balloon !== undefined && balloon !== "none",
+    hasRng: child(devices, "rng") !== undefined,
+    watchdog: attribute(
+      childrenOf(devices, "watchdog").find((each) => attribute(each, "model") === WATCHDOG),
+      "action",
+    ),
   };
 }
 
@@ -383,20 +548,4 @@ const MEMORY_UNITS: Readonly<Record<string, number>> = {
 function parseMemoryKiB(memory: XmlElement | undefined): number {
   const unit = MEMORY_UNITS[attribute(memory, "unit") ?? "KiB"] ?? 1024;
   return Math.ceil((Number(memory?.text ?? "0") * unit) / 1024);
-}
-
-function child(parent: XmlElement | undefined, name: string): XmlElement | undefined {
-  return parent?.children.find((each) => each.name === name);
-}
-
-function childrenOf(parent: XmlElement | undefined, name?: string): readonly XmlElement[] {
-  return (parent?.children ?? []).filter((each) => name === undefined || each.name === name);
-}
-
-function attribute(each: XmlElement | undefined, name: string): string | undefined {
-  return each?.attributes.get(name);
-}
-
-function text(parent: XmlElement, name: string): string | undefined {
-  return child(parent, name)?.text;
 }

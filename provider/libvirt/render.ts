@@ -4,7 +4,12 @@
 export interface Element {
   readonly name: string;
   readonly attributes: Readonly<Record<string, string | number | undefined>>;
-  readonly children: readonly (Element | string)[];
+  readonly children: readonly (Element | RawXml | string)[];
+}
+
+/** Well-formed XML that is written word for word. */
+export interface RawXml {
+  readonly raw: string;
 }
 
 /** An element; attributes and children that are undefined are left out. */
@@ -30,7 +35,10 @@ function lines({ name, attributes, children }: Element, indent: string): readonl
   if (children.every((child) => typeof child === "string")) {
     return [`${indent}<${name}${written}>${escapeXml(children.join(""))}</${name}>`];
   }
-  const inner = children.flatMap((child) => (typeof child === "string" ? [`${indent}  ${escapeXml(child)}`] : lines(child, `${indent}  `)));
+  const inner = children.flatMap((child) => {
+    if (typeof child === "string") return [`${indent}  ${escapeXml(child)}`];
+    return "raw" in child ? [`${indent}  ${child.raw.trim()}`] : lines(child, `${indent}  `);
+  });
   return [`${indent}<${name}${written}>`, ...inner, `${indent}</${name}>`];
 }
 

@@ -3,7 +3,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { CommandError, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_STATE, INTERFACE_ADDRESSES_SOURCE, LIBVIRT_ERROR } from "../libvirt/constants.ts";
+import { DOMAIN_START, DOMAIN_STATE, INTERFACE_ADDRESSES_SOURCE, LIBVIRT_ERROR } from "../libvirt/constants.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import type { Context } from "./resource.ts";
 import type { Wait } from "./virtual-machine-schema.ts";
@@ -41,6 +41,14 @@ export async function startGuest(guest: Guest): Promise<boolean> {
   if (power === "stopped") await guest.libvirt.domainCreate(guest.domain);
   if (power === "paused") await guest.libvirt.domainResume(guest.domain);
   return power !== "running";
+}
+
+/** Starts it without letting it run, or stops its CPUs. Resolves with whether it did anything. */
+export async function pauseGuest(guest: Guest): Promise<boolean> {
+  const power = await powerStateOf(guest);
+  if (power === "stopped") await guest.libvirt.domainCreateWithFlags(guest.domain, DOMAIN_START.paused);
+  if (power === "running") await guest.libvirt.domainSuspend(guest.domain);
+  return power !== "paused";
 }
 
 /** Asks the guest to shut down and, after the time, cuts its power or throws GuestTimeout. A cut is always logged. */
@@ -84,20 +92,43 @@ async function unlessStopped(called: Promise<void>): Promise<void> {
   }
 }
 
-/** Addresses that others can reach the guest at, IPv4 first: by its lease, else by its agent; empty when neither tells. */
+/**
+ * Addresses that others can reach the guest at, IPv4 first: by its lease, else by its agent, else by its host's neighbour table, which knows only guests
+ * that the host has spoken with. A lease knows the addresses of one kind only, so the others are asked until there are both or none is left.
+ */
 export async function addressesOf({ libvirt, domain }: Pick<Guest, "libvirt" | "domain">): Promise<readonly string[]> {
-  for (const source of [INTERFACE_ADDRESSES_SOURCE.lease, INTERFACE_ADDRESSES_SOURCE.agent]) {
+  const found = new Map<string, number>();
+  for (const source of [INTERFACE_ADDRESSES_SOURCE.lease, INTERFACE_ADDRESSES_SOURCE.agent, INTERFACE_ADDRESSES_SOURCE.arp]) {
     try {
       const interfaces = await libvirt.domainInterfaceAddresses(domain, source);
       const addresses = interfaces.flatMap(({ addrs }) => addrs).filter(({ addr }) => isReachable(addr));
-      if (addresses.length > 0) return addresses.toSorted((one, other) => one.type - other.type).map(({ addr }) => addr);
+      const known = new Set(found.values());
+      for (const { addr, type } of addresses) if (!known.has(type)) found.set(addr, type);
     } catch (error) {
       // No agent, no lease file for this kind of network, or not running: then this source tells nothing.
       if (!(error instanceof LibvirtError)) throw error;
     }
+    if (new Set(found.values()).size > 1) break;
   }
-  return [];
+  return [...found].toSorted(([, one], [, other]) => one - other).map(([address]) => address);
 }
+
+/** What the guest calls itself, by its agent, else by its lease; undefined when neither tells. */
+export async function hostnameOf({ libvirt, domain }: Pick<Guest, "libvirt" | "domain">): Promise<string | undefined> {
+  for (const source of [HOSTNAME_SOURCE.agent, HOSTNAME_SOURCE.lease]) {
+    try {
+      const name = await libvirt.domainGetHostname(domain, source);
+      if (name !== "") return name;
+    } catch (error) {
+      // As with addresses: this source tells nothing.
+      if (!(error instanceof LibvirtError)) throw error;
+    }
+  }
+  return undefined;
+}
+
+/** virDomainGetHostnameFlags of libvirt-domain.h. */
+const HOSTNAME_SOURCE = { lease: 1, agent: 2 } as const;
 
 /** Not loopback and not link-local: RFC 1122, 3927, 4291. */
 function isReachable(address: string): boolean {
@@ -108,7 +139,7 @@ function isReachable(address: string): boolean {
 export async function waitForGuest(guest: Guest, waits: readonly Wait[], serialLog: string): Promise<void> {
   for (const wait of waits) {
     if (wait.type === "delay") await sleep(wait.seconds * 1000, undefined, { signal: guest.context.signal });
-    else await waitFor(guest, wait, wait.type === "ipv4" ? () => lookForAddress(guest) : () => lookForText(guest, wait.text, serialLog));
+    else await waitFor(guest, wait, serialLog);
   }
 }
 
@@ -118,14 +149,16 @@ interface Look {
   readonly seen: string;
 }
 
-async function waitFor(guest: Guest, wait: Exclude<Wait, { type: "delay" }>, look: () => Promise<Look>): Promise<void> {
+type Awaited = Exclude<Wait, { type: "delay" }>;
+
+async function waitFor(guest: Guest, wait: Awaited, serialLog: string): Promise<void> {
   const { context, host, domain } = guest;
-  const what = wait.type === "ipv4" ? "no IPv4 address" : `no ${JSON.stringify(wait.text)} on its serial console`;
+  const what = missing(wait);
   const startedMs = performance.now();
   while (true) {
     // Before the look: what a guest wrote until it stopped is all there then.
     const isStopped = (await powerStateOf(guest)) === "stopped";
-    const { isThere, seen } = await look();
+    const { isThere, seen } = await look(guest, wait, serialLog);
     if (isThere) return;
     if (isStopped) throw new GuestTimeout(`${domain.name} on ${host.label} stopped and showed ${what}: ${seen}`);
     if (performance.now() - startedMs >= wait.timeoutSeconds * 1000) {
@@ -135,10 +168,52 @@ async function waitFor(guest: Guest, wait: Exclude<Wait, { type: "delay" }>, loo
   }
 }
 
-async function lookForAddress(guest: Guest): Promise<Look> {
+function missing(wait: Awaited): string {
+  switch (wait.type) {
+    case "ipv4":
+      return "no IPv4 address";
+    case "ipv6":
+      return "no IPv6 address";
+    case "agent":
+      return "no guest agent";
+    case "serial":
+      return `no ${JSON.stringify(wait.text)} on its serial console`;
+  }
+}
+
+function look(guest: Guest, wait: Awaited, serialLog: string): Promise<Look> {
+  switch (wait.type) {
+    case "ipv4":
+      return lookForAddress(guest, (address) => !address.includes(":"));
+    case "ipv6":
+      return lookForAddress(guest, (address) => address.includes(":"));
+    case "agent":
+      return lookForAgent(guest);
+    case "serial":
+      return lookForText(guest, wait.text, serialLog);
+  }
+}
+
+async function lookForAgent({ libvirt, domain }: Guest): Promise<Look> {
+  try {
+    await libvirt.domainAgentCommand(domain, '{"execute":"guest-ping"}', AGENT_TIMEOUT_SECONDS);
+    return { isThere: true, seen: "it answers" };
+  } catch (error) {
+    if (!(error instanceof LibvirtError)) throw error;
+    return { isThere: false, seen: error.message };
+  }
+}
+
+/** An agent that is there answers at once. */
+const AGENT_TIMEOUT_SECONDS = 5;
+
+async function lookForAddress(guest: Guest, isWanted: (address: string) => boolean): Promise<Look> {
   const addresses = await addressesOf(guest);
-  const seen = addresses.length > 0 ? `it has ${addresses.join(", ")}` : "it has no lease, and no guest agent that answers";
-  return { isThere: addresses.some((address) => !address.includes(":")), seen };
+  const seen =
+    addresses.length > 0
+      ? `it has ${addresses.join(", ")}`
+      : "it has no lease, no guest agent that answers, and no place in its host's neighbour table";
+  return { isThere: addresses.some(isWanted), seen };
 }
 
 async function lookForText({ host }: Guest, text: string, serialLog: string): Promise<Look> {

@@ -1,4 +1,5 @@
 /** Where the things of a machine lie on its host, or will lie. Changes nothing there. */
+import { createHash } from "node:crypto";
 import { posix } from "node:path";
 import { isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
@@ -8,7 +9,14 @@ import { PoolError, poolFolder } from "./pool.ts";
 import { factsOf } from "./preflight/host-facts.ts";
 import type { DiskRef } from "./schema.ts";
 import type { VirtualMachineArgs } from "./virtual-machine-schema.ts";
-import { type MachineInputs, type PlacedDisk, type PlacedDiskRef, type PlacedImage } from "./virtual-machine-spec.ts";
+import {
+  encodeSeed,
+  type MachineInputs,
+  type PlacedDisk,
+  type PlacedDiskRef,
+  type PlacedImage,
+  type PlacedSeed,
+} from "./virtual-machine-spec.ts";
 
 /** Something that the user named is not there, or is not what it should be. `property` is the user's path to it. */
 export class PlacementError extends Error {
@@ -62,11 +70,25 @@ export async function placeDisk(
     const volumeName = `${machine.name}-${disk.name}.${format}`;
     return { ...disk, path: posix.join(await folderOf(host, `${property}.pool`, disk.pool), volumeName), volumeName, format, bus };
   }
+  if (disk.path === undefined && disk.volume === undefined) return { ...disk, format: "raw", bus };
   const found =
     disk.path === undefined ? await volumeNamed(host, `${property}.volume`, disk.pool, disk.volume!) : await volumeAt(host, disk.path);
   const path = found?.path ?? disk.path!;
   const format = disk.format ?? (disk.device === "cdrom" ? "raw" : asFormat(`${property}.format`, path, found?.format));
   return { ...disk, path, format, bus };
+}
+
+/** Names the seed's volume by its content, so that another content is another volume. `old` is the one that the machine has. Throws PlacementError. */
+export async function placeSeed(
+  host: Host,
+  seed: NonNullable<VirtualMachineArgs["cloudInit"]>,
+  { name: machine, uuid }: Pick<MachineInputs, "name" | "uuid">,
+  old: PlacedSeed | undefined,
+): Promise<PlacedSeed> {
+  if (old && seed.onChange === "ignore") return { ...old, onChange: "ignore" };
+  const digest = createHash("sha256").update(encodeSeed(seed, { machine, uuid })).digest("hex");
+  const volumeName = `${machine}-seed-${digest.slice(0, 8)}.iso`;
+  return { ...seed, volumeName, volumePath: posix.join(await folderOf(host, "cloudInit.pool", seed.pool), volumeName) };
 }
 
 async function folderOf(host: Host, property: string, pool: string): Promise<string> {

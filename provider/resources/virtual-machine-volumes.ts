@@ -2,8 +2,14 @@
 import { isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
+import type { ObservedDomain } from "../libvirt/domain.ts";
 import { element, renderXml } from "../libvirt/render.ts";
-import type { VolumePlan } from "./virtual-machine-spec.ts";
+import { child, text } from "../libvirt/tree.ts";
+import { parseXml } from "../image/xml.ts";
+import type { IsSnapshot, VolumePlan } from "./virtual-machine-spec.ts";
+
+/** More than any chain that QEMU runs on without pain. */
+const MAX_CHAIN = 100;
 
 /**
  * Makes the volume. A copy takes as long as its bytes take, on a connection of its own.
@@ -24,7 +30,47 @@ export async function makeVolume(host: Host, plan: VolumePlan, signal: AbortSign
     return;
   }
   const capacityBytes = plan.capacityBytes ?? (template && (await capacityOf(calls, template.path)));
-  await calls.storageVolCreateXML(pool, volumeXml({ ...plan, capacityBytes }));
+  const volume = await calls.storageVolCreateXML(pool, volumeXml({ ...plan, capacityBytes }));
+  if (plan.content === undefined) return;
+  const upload = await calls.storageVolUpload(volume, 0, plan.content.length);
+  try {
+    await upload.write(plan.content);
+    await upload.finish();
+  } finally {
+    await upload.abort();
+  }
+}
+
+/**
+ * Which of the machine's files lie on top of declared ones. A qcow2 file that no pool knows counts as such wherever it is, as those that snapshots have
+ * just made: a chain that is not known is not broken.
+ */
+export async function findSnapshots(libvirt: Libvirt, { disks }: ObservedDomain, declared: readonly string[]): Promise<IsSnapshot> {
+  const chains = new Map<string, readonly string[] | undefined>();
+  for (const { path, format, device } of disks) {
+    if (path !== undefined && format === "qcow2" && device === "disk" && !declared.includes(path))
+      chains.set(path, await chainBelow(libvirt, path));
+  }
+  return (top, below) => chains.has(top) && declared.includes(below) && (chains.get(top)?.includes(below) ?? true);
+}
+
+/** The files that a volume stands on, the next one first; undefined when no pool knows it. */
+async function chainBelow(libvirt: Libvirt, path: string): Promise<readonly string[] | undefined> {
+  const chain: string[] = [];
+  for (let next = path; chain.length < MAX_CHAIN;) {
+    let xml: string;
+    try {
+      xml = await libvirt.storageVolGetXMLDesc(await libvirt.storageVolLookupByPath(next));
+    } catch (error) {
+      if (isNotFound(error)) return next === path ? undefined : chain;
+      throw error;
+    }
+    const below = text(child(parseXml(xml, "the volume's XML"), "backingStore"), "path");
+    if (below === undefined) return chain;
+    chain.push(below);
+    next = below;
+  }
+  return chain;
 }
 
 /** Undefined, which libvirt takes for the template's own, when the template is in no pool. */

@@ -10,19 +10,17 @@ import {
   MACHINE_PREFIX,
   type MachineMetadata,
   type ObservedDomain,
-  type ObservedInterface,
   type OwnVolume,
   parseDomain,
   parsePlacement,
-  type Placement,
   renderDomain,
   renderMetadata,
 } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
 import { parseArgs } from "./parse.ts";
-import { BOOT_RULES, COMBINATION_RULES } from "./preflight/argument-rules.ts";
-import { MACHINE_CHANGE_RULES, type MachineChange, restartRefusal } from "./preflight/change-rules.ts";
+import { BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
+import { MACHINE_CHANGE_RULES, restartRefusal } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
 import { changing } from "./preflight/host-facts.ts";
 import { declaredMachine, gatherMachine } from "./preflight/machine-facts.ts";
@@ -35,17 +33,25 @@ import {
   addressesOf,
   type Guest,
   GuestTimeout,
+  hostnameOf,
+  pauseGuest,
   type PowerState,
   powerStateOf,
   startGuest,
   stopGuest,
   waitForGuest,
 } from "./virtual-machine-guest.ts";
-import { defaultDomainType, placeDisk, placeDiskRef, placeImage } from "./virtual-machine-host.ts";
+import { ADOPTED, type Adopted, findAdopted, tellAdoption } from "./virtual-machine-adopt.ts";
+import { changesOf } from "./virtual-machine-changes.ts";
+import { driftOf } from "./virtual-machine-drift.ts";
+import { defaultDomainType, placeDisk, placeDiskRef, placeImage, placeSeed } from "./virtual-machine-host.ts";
+import { changeLive, growVolumes } from "./virtual-machine-live.ts";
 import { type VirtualMachineArgs, VirtualMachineSchema } from "./virtual-machine-schema.ts";
 import {
+  definitionOf,
   domainSpec,
   hasHardware,
+  isDefined,
   isSame,
   keepSnapshots,
   macOf,
@@ -54,9 +60,10 @@ import {
   ownVolumes,
   type PlacedImage,
   type PlacedNetwork,
+  targetsOf,
   uuidOf,
 } from "./virtual-machine-spec.ts";
-import { deleteVolume, makeVolume } from "./virtual-machine-volumes.ts";
+import { deleteVolume, findSnapshots, makeVolume } from "./virtual-machine-volumes.ts";
 
 /** VIR_DOMAIN_AFFECT_LIVE and VIR_DOMAIN_AFFECT_CONFIG of libvirt-domain.h. */
 const AFFECT_LIVE = 1;
@@ -65,8 +72,10 @@ const AFFECT_CONFIG = 2;
 export interface MachineState extends Omit<MachineInputs, "powerState"> {
   /** As it was when virtlift last looked. */
   readonly powerState: PowerState;
-  /** Addresses that others can reach it at; empty when neither a lease nor the agent tells one. */
+  /** Addresses that others can reach it at; empty when none is known. */
   readonly ipAddresses: readonly string[];
+  /** What the guest calls itself, by its agent or its lease; undefined when neither tells. */
+  readonly hostname?: string | undefined;
   /** Whether the guest runs on older hardware than is defined, until its next start. */
   readonly restartPending: boolean;
   /** Whether it showed all that `waitFor` asks for since virtlift started it. */
@@ -74,40 +83,6 @@ export interface MachineState extends Omit<MachineInputs, "powerState"> {
   /** Absolute paths of the volumes that were made for the machine, also of blank disks that it no longer has. They are deleted with it. */
   readonly ownVolumes: readonly string[];
 }
-
-/** Every key of the inputs and what its change takes; `diff` knows the cases where it takes less or more. */
-export const MACHINE_CHANGES: Readonly<Record<keyof MachineInputs, PropertyChange["effect"]>> = {
-  host: "live",
-  name: "replace",
-  uuid: "replace",
-  importedDisk: "restart",
-  image: "replace",
-  disks: "restart",
-  vcpus: "restart",
-  memoryMiB: "restart",
-  machine: "restart",
-  firmware: "restart",
-  secureBoot: "restart",
-  cpu: "restart",
-  domainType: "restart",
-  bus: "restart",
-  networks: "restart",
-  powerState: "live",
-  autostart: "live",
-  title: "live",
-  description: "live",
-  tags: "live",
-  waitFor: "live",
-  onRestartRequired: "live",
-  shutdownTimeoutSeconds: "live",
-  onShutdownTimeout: "live",
-  preflight: "live",
-  origin: "live",
-  macAddresses: "restart",
-  diskPaths: "restart",
-  serialLog: "restart",
-  declared: "live",
-};
 
 export const virtualMachine: Resource<MachineInputs, MachineState> = {
   check,
@@ -128,14 +103,25 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   const unknown = Object.fromEntries(Object.entries(news).filter(([, value]) => hasUnknown(value)));
   const known = Object.fromEntries(Object.entries(news).filter(([key]) => !(key in unknown)));
   const { args, failures: parsed } = parseArgs(VirtualMachineSchema, known);
-  const boot = judge(BOOT_RULES, { host, importedDisk: news["importedDisk"], image: news["image"] }, {});
-  const unfit = [...parsed, ...failuresOf(boot)];
+  const boot = judge(BOOT_RULES, { importedDisk: news["importedDisk"], image: news["image"] }, {});
+  const unfit = [...parsed, ...failuresOf([...boot, ...judge(HOST_RULES, { host }, {})])];
   if (!args || unfit.length > 0) return { inputs: news as never, failures: unfit };
 
-  const identified = {
+  let adopted: Adopted | undefined;
+  try {
+    adopted = args.adopt && args.host && !olds ? await findAdopted(openHost(context, args.host), args) : undefined;
+  } catch (error) {
+    return { inputs: news as never, failures: conclude(context, { origin: args.origin, name: nameOf(args.origin) }, judgeTrouble(error)) };
+  }
+  // Of a machine that was adopted stays what it was and nobody has declared since.
+  const found = args.adopt ? (adopted?.inputs ?? Object.fromEntries(ADOPTED.map((key) => [key, olds?.[key]]))) : {};
+  const kept = Object.fromEntries(Object.entries(found).filter(([key, value]) => !given.includes(key) && value !== undefined));
+  const base = adopted?.inputs ?? olds;
+  const identified: Identified = {
     ...args,
-    name: args.name ?? nameOf(args.origin),
-    uuid: args.uuid ?? olds?.uuid ?? uuidOf(args.origin),
+    ...kept,
+    name: args.name ?? (args.adopt ? base?.name : undefined) ?? nameOf(args.origin),
+    uuid: args.uuid ?? base?.uuid ?? uuidOf(args.origin),
     declared: given,
   };
   const { settings, failures: unset } = settingsOf(context, args.preflight);
@@ -146,8 +132,12 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   }
   try {
     const opened = openHost(context, args.host);
-    const inputs = await place(opened, { ...identified, host: args.host }, olds);
-    return { inputs, failures: conclude(context, inputs, await judgeInputs(context, opened, inputs, { olds, settings })) };
+    const inputs = await place(opened, { ...identified, host: args.host }, adopted ? { ...adopted.inputs, host: args.host } : olds);
+    if (adopted) tellAdoption(context, inputs, adopted.defined);
+    return {
+      inputs,
+      failures: conclude(context, inputs, await judgeInputs(context, opened, inputs, { olds, settings, ownUuid: adopted?.inputs.uuid })),
+    };
   } catch (error) {
     return { inputs: identified as never, failures: conclude(context, identified, judgeTrouble(error)) };
   }
@@ -165,9 +155,10 @@ type Identified = VirtualMachineArgs & Pick<MachineInputs, "name" | "uuid" | "de
 /** What only the host can tell, in a preview that cannot ask it yet: as it was, or unknown. */
 function unplaced(args: Identified, olds: MachineInputs | undefined): Partial<Record<keyof MachineInputs, unknown>> {
   const networks = placeNetworks(args, olds);
-  const { domainType = UNKNOWN, diskPaths = UNKNOWN, serialLog = UNKNOWN, cpu = UNKNOWN } = olds ?? {};
+  const { domainType = UNKNOWN, diskPaths = UNKNOWN, diskTargets = UNKNOWN, serialLog = UNKNOWN, cpu = UNKNOWN } = olds ?? {};
   return {
     networks,
+    diskTargets,
     macAddresses: networks.map(({ mac }) => mac),
     domainType: args.domainType ?? domainType,
     diskPaths,
@@ -186,21 +177,23 @@ async function place(
   const isSameHost = olds !== undefined && daemonOf(olds.host) === daemonOf(args.host);
   const domainType = args.domainType ?? (isSameHost ? olds.domainType : await defaultDomainType(host));
   const placedDisk = importedDisk && (await placeDiskRef(host, "importedDisk", importedDisk));
-  const kept = isSameHost && olds.name === name && olds.image && isSame(declaredImage(olds.image), image) ? olds.image : undefined;
-  const placedImage = image && (kept ?? (await placeImage(host, image, name)));
+  // A template is asked for once: it may be gone when only the capacity changes.
+  const kept =
+    isSameHost && olds.name === name && olds.image && isSame(templateOf(olds.image), image && templateOf(image)) ? olds.image : undefined;
+  const placedImage = image && (kept ? { ...image, ...placeOf(kept) } : await placeImage(host, image, name));
   const disks = await Promise.all(args.disks.map((disk, index) => placeDisk(host, `disks[${index}]`, disk, args)));
   const networks = placeNetworks(args, olds);
+  const cloudInit = args.cloudInit && (await placeSeed(host, args.cloudInit, args, isSameHost ? olds.cloudInit : undefined));
   const cpu = args.cpu ?? DEFAULT_CPU[domainType];
+  const placed = { ...args, importedDisk: placedDisk, image: placedImage, disks, cloudInit };
   return {
-    ...args,
+    ...placed,
     domainType,
     ...(cpu && { cpu }),
-    importedDisk: placedDisk,
-    image: placedImage,
-    disks,
     networks,
     macAddresses: networks.map(({ mac }) => mac),
-    diskPaths: [placedDisk?.path ?? placedImage?.volumePath ?? "", ...disks.map(({ path }) => path)],
+    diskPaths: [placedDisk?.path ?? placedImage?.volumePath ?? "", ...disks.map(({ path = "" }) => path)],
+    diskTargets: targetsOf(placed, olds),
     serialLog: args.serialLog ?? (await serialLogPath(host, name)),
   };
 }
@@ -211,18 +204,46 @@ const DEFAULT_CPU: Readonly<Record<MachineInputs["domainType"], MachineInputs["c
   test: undefined,
 };
 
-function declaredImage({ template: _template, volumeName: _name, volumePath: _path, ...declared }: PlacedImage) {
-  return declared;
+function placeOf({ template, volumeName, volumePath }: PlacedImage) {
+  return { template, volumeName, volumePath };
 }
 
-function placeNetworks(args: Identified, olds: MachineInputs | undefined): readonly PlacedNetwork[] {
-  const model = args.bus === "virtio" ? "virtio" : args.machine === "q35" ? "e1000e" : "e1000";
-  return args.networks.map((network, index) => ({
-    ...network,
-    mac: network.mac ?? olds?.networks[index]?.mac ?? macOf(args.origin, index),
-    model: network.model ?? model,
-  }));
+function templateOf({ path, volume, pool, mode, format }: NonNullable<VirtualMachineArgs["image"]>) {
+  return { path, volume, pool, mode, format };
 }
+
+/**
+ * Each interface with its address: the user's; else that of an interface which was on the same network before, at the same place first; else that of one
+ * which was at the same place; else a new one. So an interface keeps its address when another one goes, and when it is moved to another network.
+ */
+function placeNetworks(args: Identified, olds: Pick<MachineInputs, "networks"> | undefined): readonly PlacedNetwork[] {
+  const model = args.bus === "virtio" ? "virtio" : args.machine === "q35" ? "e1000e" : "e1000";
+  const before = olds?.networks ?? [];
+  const macs = new Map<number, string>();
+  const isFree = (mac: string): boolean => ![...macs.values()].includes(mac);
+  const take = (fits: (network: Declared, index: number, old: PlacedNetwork, oldIndex: number) => boolean): void => {
+    for (const [index, network] of args.networks.entries()) {
+      if (macs.has(index)) continue;
+      const old = before.find((each, oldIndex) => isFree(each.mac) && fits(network, index, each, oldIndex));
+      if (old) macs.set(index, old.mac);
+    }
+  };
+  for (const [index, { mac }] of args.networks.entries()) if (mac !== undefined) macs.set(index, mac);
+  const isSamePlace = (one: Declared, other: PlacedNetwork): boolean =>
+    one.network === other.network && one.bridge === other.bridge && one.direct === other.direct && one.type === other.type;
+  take((network, index, old, oldIndex) => index === oldIndex && isSamePlace(network, old));
+  take((network, _index, old) => isSamePlace(network, old));
+  take((_network, index, _old, oldIndex) => index === oldIndex);
+  return args.networks.map((network, index) => {
+    const known = macs.get(index);
+    if (known !== undefined) return { ...network, mac: known, model: network.model ?? model };
+    let number = index;
+    while (!isFree(macOf(args.origin, number)) || before.some(({ mac }) => mac === macOf(args.origin, number))) number++;
+    macs.set(index, macOf(args.origin, number));
+    return { ...network, mac: macOf(args.origin, number), model: network.model ?? model };
+  });
+}
+type Declared = VirtualMachineArgs["networks"][number];
 
 /** Where libvirt keeps the logs of machines, and virtlogd may write: for a user's own daemon in that user's cache. Source: virQEMUDriverConfigNew in qemu_conf.c. */
 async function serialLogPath(host: Host, name: string): Promise<string> {
@@ -242,32 +263,29 @@ async function judgeInputs(
   context: Context,
   host: Host,
   inputs: MachineInputs,
-  { olds, settings }: { readonly olds: MachineInputs | undefined; readonly settings: PreflightSettings },
+  {
+    olds,
+    settings,
+    ownUuid,
+  }: { readonly olds: MachineInputs | undefined; readonly settings: PreflightSettings; readonly ownUuid: string | undefined },
 ): Promise<readonly Judgement[]> {
   const deployment = deploymentOf(context.hosts);
   const isSameHost = olds !== undefined && daemonOf(olds.host) === daemonOf(inputs.host);
   if (olds && olds.origin !== inputs.origin) deployment.withdraw(olds.origin);
-  const facts = await gatherMachine(host, inputs, { deployment, ownUuid: isSameHost ? olds.uuid : undefined });
+  const facts = await gatherMachine(host, inputs, { deployment, ownUuid: isSameHost ? olds.uuid : ownUuid });
   deployment.declareMachine(declaredMachine(inputs));
   if (context.config("virtlift:showXml") === "true") showXml(context, inputs);
   const judgements = judge(MACHINE_RULES, facts, settings);
   if (!isSameHost || olds.name !== inputs.name || olds.uuid !== inputs.uuid) return judgements;
+  const refused = changesOf(olds, inputs).filter(({ effect }) => effect === "refused");
   const restart = await restartsOf(context, await host.libvirt(), inputs, olds);
-  return [...judgements, ...judge(MACHINE_CHANGE_RULES, { name: inputs.name, resized: resizedDisks(inputs, olds), restart }, settings)];
+  return [...judgements, ...judge(MACHINE_CHANGE_RULES, { name: inputs.name, refused, restart }, settings)];
 }
 
 /** The definition as it will be sent, but for what libvirt fills in; one line of it a line. */
 function showXml(context: Context, inputs: MachineInputs): void {
   const volumes = ownVolumes(inputs).map(({ path }) => ({ path, isUnfinished: false }));
   for (const line of renderDomain(domainSpec(inputs, volumes)).trimEnd().split("\n")) tell(context, "info", `${inputs.name}: ${line}`);
-}
-
-function resizedDisks(inputs: MachineInputs, olds: MachineInputs): MachineChange["resized"] {
-  return inputs.disks.flatMap((disk, index) => {
-    const old = olds.disks.find(({ path, size }) => path === disk.path && size !== undefined);
-    if (old?.size === undefined || old.size === disk.size || disk.size === undefined) return [];
-    return [{ property: `disks[${index}].size`, path: disk.path, madeBytes: old.size }];
-  });
 }
 
 /** The properties whose change needs a restart that the user did not consent to. What is going to happen with consent is said. */
@@ -291,47 +309,21 @@ async function restartsOf(context: Context, libvirt: Libvirt, inputs: MachineInp
 }
 
 async function diff(_context: Context, _id: string, olds: MachineState, news: MachineInputs) {
-  const changes = changesOf(olds, news);
+  const changes = changesOf(olds, news).map(({ property, effect, why }): PropertyChange => ({
+    property,
+    // What is refused has failed the check, and is not reached.
+    effect: effect === "refused" ? "live" : effect,
+    ...(why !== undefined && { why }),
+  }));
   // A definition that waits for the guest's next start is done, unless the user now wants the restart.
   const restart =
-    olds.restartPending && news.onRestartRequired === "restart" && news.powerState === "running" && olds.powerState !== "stopped";
+    olds.restartPending && news.onRestartRequired === "restart" && news.powerState !== "stopped" && olds.powerState !== "stopped";
   const pending: readonly PropertyChange[] =
     restart && !changes.some(({ effect }) => effect === "restart")
       ? [{ property: "onRestartRequired", effect: "restart", why: "the guest still runs on its old definition" }]
       : [];
   // Name, UUID and volumes of the old machine are those of the new one.
   return { changes: [...changes, ...pending], deleteBeforeReplace: true };
-}
-
-/** What differs, of what a machine is made of. Unknown values may differ, and never replace. */
-function changesOf(olds: MachineInputs | MachineState, news: MachineInputs): readonly PropertyChange[] {
-  return (Object.keys(MACHINE_CHANGES) as (keyof MachineInputs)[])
-    .filter((property) => !DERIVED.has(property) && !isSame(olds[property], news[property]))
-    .map((property) => ({ property, ...effectOf(property, olds, news) }));
-}
-
-/** What follows from other properties, and would only repeat them. */
-const DERIVED: ReadonlySet<keyof MachineInputs> = new Set(["macAddresses", "diskPaths", "declared"]);
-
-function effectOf(
-  property: keyof MachineInputs,
-  olds: MachineInputs | MachineState,
-  news: MachineInputs,
-): Omit<PropertyChange, "property"> {
-  const effect = MACHINE_CHANGES[property];
-  if (hasUnknown(news[property])) return { effect: effect === "replace" ? "live" : effect };
-  if (property === "host") {
-    return daemonOf(olds.host) === daemonOf(news.host)
-      ? { effect: "live" }
-      : { effect: "replace", why: "another host runs another machine" };
-  }
-  if (property === "importedDisk" && olds.importedDisk && news.importedDisk) {
-    const { path, format } = news.importedDisk;
-    return { effect: olds.importedDisk.path === path && olds.importedDisk.format === format ? "live" : effect };
-  }
-  if (property === "image") return { effect, why: "the boot disk is made anew from the template, and what the guest wrote goes" };
-  if (effect === "replace") return { effect, why: "another name or UUID is another machine" };
-  return { effect, ...(effect === "restart" && { why: "a running guest sees it at its next start" }) };
 }
 
 async function findDomain(libvirt: Libvirt, uuid: string): Promise<Domain | undefined> {
@@ -361,14 +353,15 @@ async function create(context: Context, inputs: MachineInputs) {
   const host = openHost(context, inputs.host);
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, inputs.uuid);
-  if (existing && existing.defined.metadata?.origin !== inputs.origin) {
+  const isAdopted = existing !== undefined && existing.defined.metadata === undefined && inputs.adopt !== undefined;
+  if (existing && !isAdopted && existing.defined.metadata?.origin !== inputs.origin) {
     throw new Error(
       `the machine ${existing.defined.name} on ${host.label} has the UUID ${inputs.uuid} and is not ours: nothing was changed`,
     );
   }
   const volumes = existing?.defined.metadata?.volumes ?? [];
   const domain = await define({ context, host, inputs, existing, volumes, declaredPaths: inputs.diskPaths });
-  const state = await settle({ context, host, libvirt, domain }, inputs, { mustWait: true });
+  const state = await settle({ context, host, libvirt, domain }, inputs, { mustWait: !isAdopted });
   return { id: inputs.uuid, state };
 }
 
@@ -384,39 +377,41 @@ interface Definition {
 }
 
 /**
- * Makes the machine's own volumes and defines it over what is defined. Which volumes are being made stands in the definition first, so that a kill at
- * any time leaves nothing that is not known to be ours. When it fails, what was there before is there again.
+ * Makes the machine's own volumes, defines it over what is defined, and changes what runs as far as that can be. Which volumes are being made stands in
+ * the definition first, so that a kill at any time leaves nothing that is not known to be ours. When it fails, what was there before is there again.
  */
 async function define({ context, host, inputs, existing, volumes, declaredPaths }: Definition): Promise<Domain> {
   const libvirt = await host.libvirt();
   const missing = ownVolumes(inputs).filter(({ path }) => !volumes.some((volume) => volume.path === path && !volume.isUnfinished));
   const others = volumes.filter(({ path }) => !missing.some((plan) => plan.path === path));
-  const wanted = (isUnfinished: boolean): DomainSpec =>
-    withSnapshots(
-      context,
-      domainSpec(inputs, [...others, ...missing.map(({ path }) => ({ path, isUnfinished }))]),
-      existing,
-      declaredPaths,
-    );
-  const placement = existing && parsePlacement(existing.xml);
-  if (missing.length === 0) return defineOver(libvirt, wanted(false), existing, placement);
-
-  const marked = existing?.domain ?? (await libvirt.domainDefineXMLFlags(renderDomain(wanted(true))));
-  if (existing) await writeMetadata(libvirt, marked, wanted(true).metadata, AFFECT_CONFIG);
+  const isSnapshot = existing && (await findSnapshots(libvirt, existing.defined, declaredPaths));
+  const wanted = (isUnfinished: boolean): DomainSpec => {
+    const spec = domainSpec(inputs, [...others, ...missing.map(({ path }) => ({ path, isUnfinished }))]);
+    return existing && isSnapshot ? withSnapshots(context, keepSnapshots(spec, existing.defined, isSnapshot), spec) : spec;
+  };
+  const spec = wanted(false);
   const made: string[] = [];
+  let marked = existing?.domain;
   try {
+    if (missing.length > 0) {
+      marked ??= await libvirt.domainDefineXMLFlags(renderDomain(wanted(true)));
+      if (existing?.defined.metadata) await writeMetadata(libvirt, marked, wanted(true).metadata, AFFECT_CONFIG);
+    }
     for (const plan of missing) {
       if (volumes.some(({ path }) => path === plan.path)) await deleteVolume(libvirt, plan.path);
       context.log("info", `${inputs.name}: making ${plan.path} on ${host.label}`);
       await makeVolume(host, plan, context.signal);
       made.push(plan.path);
     }
-    return await defineOver(libvirt, wanted(false), existing, placement);
+    if (existing && isDefined(existing.defined, spec)) return existing.domain;
+    const domain = await libvirt.domainDefineXMLFlags(renderDomain(spec, existing && parsePlacement(existing.xml)));
+    if ((await powerStateOf({ libvirt, domain })) !== "stopped") await changeLive({ context, host, libvirt, domain }, spec);
+    return domain;
   } catch (error) {
     try {
       for (const path of made) await deleteVolume(libvirt, path);
-      if (existing?.defined.metadata) await writeMetadata(libvirt, marked, existing.defined.metadata, AFFECT_CONFIG);
-      else if (!existing) await undefine(libvirt, marked);
+      if (existing) await libvirt.domainDefineXMLFlags(existing.xml);
+      else if (marked) await undefine(libvirt, marked);
     } catch (failure) {
       // What made it fail is what the user is to know of; what stays is known to be ours, and the next try goes on with it.
       context.log("warn", `${inputs.name}: what was begun on ${host.label} could not be taken back: ${messageOf(failure)}`);
@@ -425,24 +420,12 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
   }
 }
 
-/** Writes the definition, unless nothing in it would change. */
-async function defineOver(
-  libvirt: Libvirt,
-  spec: DomainSpec,
-  existing: Existing | undefined,
-  placement: Placement | undefined,
-): Promise<Domain> {
-  if (existing && isSame(existing.defined, spec)) return existing.domain;
-  return libvirt.domainDefineXMLFlags(renderDomain(spec, placement));
-}
-
-function withSnapshots(context: Context, spec: DomainSpec, existing: Existing | undefined, declaredPaths: readonly string[]): DomainSpec {
-  if (!existing) return spec;
-  const kept = keepSnapshots(spec, existing.defined, declaredPaths);
+/** Says on which files the machine runs in place of the declared ones. */
+function withSnapshots(context: Context, kept: DomainSpec, declared: DomainSpec): DomainSpec {
   for (const [index, { path }] of kept.disks.entries()) {
-    const declared = spec.disks[index]?.path;
-    if (path !== declared)
-      context.log("warn", `${spec.name}: a snapshot put ${path} on top of ${declared}; the machine keeps running on it`);
+    const below = declared.disks[index]?.path;
+    if (path !== below)
+      tell(context, "warn", `${declared.name}: a snapshot put ${path} on top of ${below}; the machine keeps running on it`);
   }
   return kept;
 }
@@ -462,10 +445,10 @@ async function settle(
   try {
     if ((await libvirt.domainGetAutostart(domain)) !== inputs.autostart) await libvirt.domainSetAutostart(domain, inputs.autostart);
     if (restart || inputs.powerState === "stopped") await stopGuest(guest, policy);
-    if (inputs.powerState === "running") {
+    if (inputs.powerState !== "stopped") {
       if (isSession(guest.host)) await guest.host.run(["mkdir", "-p", "--", posix.dirname(inputs.serialLog)]);
-      const started = await startGuest(guest);
-      if (started || mustWait) await waitForGuest(guest, inputs.waitFor, inputs.serialLog);
+      const started = inputs.powerState === "paused" ? await pauseGuest(guest) : await startGuest(guest);
+      if (inputs.powerState === "running" && (started || mustWait)) await waitForGuest(guest, inputs.waitFor, inputs.serialLog);
     }
     // As declared: a guest that powers itself off is found by the next refresh, not taken for a change of the program's.
     return { ...(await stateOf(guest, inputs, true)), powerState: inputs.powerState };
@@ -499,7 +482,8 @@ async function stateOf(guest: Guest, inputs: MachineInputs, ready: boolean): Pro
   return {
     ...inputs,
     powerState,
-    ipAddresses: powerState === "stopped" ? [] : await addressesOf(guest),
+    ipAddresses: powerState === "running" ? await addressesOf(guest) : [],
+    hostname: powerState === "running" ? await hostnameOf(guest) : undefined,
     restartPending: powerState !== "stopped" && !hasHardware(parseDomain(await libvirt.domainGetXMLDesc(domain)), defined),
     ready,
     ownVolumes: volumes.map(({ path }) => path),
@@ -512,14 +496,15 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
   const existing = await findExisting(libvirt, news.uuid);
   const volumes = existing?.defined.metadata?.volumes ?? olds.ownVolumes.map((path) => ({ path, isUnfinished: false }));
   const isRunning = existing !== undefined && (await powerStateOf({ libvirt, domain: existing.domain })) !== "stopped";
-  const live = isRunning ? parseDomain(await libvirt.domainGetXMLDesc(existing.domain)) : undefined;
-  const spec = existing && keepSnapshots(domainSpec(news, volumes), existing.defined, olds.diskPaths);
-  const needsRestart = live !== undefined && spec !== undefined && news.powerState === "running" && !hasHardware(live, spec);
+  const staysOn = isRunning && news.powerState !== "stopped";
   const isDeclared = changesOf(olds, news).some(({ effect }) => effect === "restart");
-  if (needsRestart && isDeclared && news.onRestartRequired === "fail") throw new Error(restartRefusal(news.name));
+  if (staysOn && isDeclared && news.onRestartRequired === "fail" && !(await runsAs(libvirt, existing.domain, news))) {
+    throw new Error(restartRefusal(news.name));
+  }
 
+  const seed = olds.cloudInit?.volumePath;
   for (const { path } of volumes) {
-    if (olds.diskPaths.includes(path) && !news.diskPaths.includes(path)) {
+    if (path !== seed && olds.diskPaths.includes(path) && !news.diskPaths.includes(path)) {
       context.log(
         "info",
         `${news.name}: ${path} is no longer a disk of the machine; it stays on ${host.label} until the machine is deleted`,
@@ -527,22 +512,45 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
     }
   }
   const domain = await define({ context, host, inputs: news, existing, volumes, declaredPaths: olds.diskPaths });
-  if (isRunning) await relabel(libvirt, domain, news, volumes);
-  const restart = needsRestart && news.onRestartRequired === "restart";
-  return settle({ context, host, libvirt, domain }, news, { mustWait: !olds.ready, restart });
+  const guest: Guest = { context, host, libvirt, domain };
+  const defined = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
+  for (const path of await growVolumes(guest, ownVolumes(news), defined)) context.log("info", `${news.name}: ${path} has grown`);
+  const live = isRunning ? parseDomain(await libvirt.domainGetXMLDesc(domain)) : undefined;
+  const isPending = live !== undefined && !hasHardware(live, defined);
+  if (seed !== undefined && seed !== news.cloudInit?.volumePath && !live?.disks.some(({ path }) => path === seed)) {
+    await dropVolume(libvirt, domain, defined.metadata, seed);
+  }
+  if (isRunning) await relabel(libvirt, domain, news, live?.metadata?.patches);
+  return settle(guest, news, { mustWait: !olds.ready, restart: staysOn && isPending && news.onRestartRequired === "restart" });
 }
 
-/** A running machine shows its old title, description and metadata until it is told the new ones. */
-async function relabel(libvirt: Libvirt, domain: Domain, inputs: MachineInputs, volumes: readonly OwnVolume[]): Promise<void> {
-  const { title, description } = inputs;
+/** Whether the machine runs on the hardware that the inputs stand for. */
+async function runsAs(libvirt: Libvirt, domain: Domain, inputs: MachineInputs): Promise<boolean> {
+  return hasHardware(parseDomain(await libvirt.domainGetXMLDesc(domain)), definitionOf(domainSpec(inputs, [])));
+}
+
+/** Deletes a volume of the machine's own that it uses no more, and what its definition says of it. */
+async function dropVolume(libvirt: Libvirt, domain: Domain, metadata: MachineMetadata | undefined, path: string): Promise<void> {
+  await deleteVolume(libvirt, path);
+  if (metadata === undefined) return;
+  const volumes = metadata.volumes.filter((volume) => volume.path !== path);
+  await writeMetadata(libvirt, domain, { ...metadata, volumes }, AFFECT_CONFIG);
+}
+
+/**
+ * A running machine shows its old title, description and metadata until it is told the new ones. `patches` stays what the machine was started with: by it
+ * the next look tells whether it waits for a start.
+ */
+async function relabel(
+  libvirt: Libvirt,
+  domain: Domain,
+  { title, description }: MachineInputs,
+  patches: string | undefined,
+): Promise<void> {
   await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.title, title, undefined, undefined, AFFECT_LIVE);
   await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.description, description, undefined, undefined, AFFECT_LIVE);
-  const all = [...new Set([...volumes, ...ownVolumes(inputs)].map(({ path }) => path))];
-  const { metadata } = domainSpec(
-    inputs,
-    all.map((path) => ({ path, isUnfinished: false })),
-  );
-  await writeMetadata(libvirt, domain, metadata, AFFECT_LIVE);
+  const { metadata } = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
+  if (metadata) await writeMetadata(libvirt, domain, { ...metadata, patches }, AFFECT_LIVE);
 }
 
 async function read(context: Context, id: string, state: MachineState) {
@@ -551,73 +559,47 @@ async function read(context: Context, id: string, state: MachineState) {
   const existing = await findExisting(libvirt, state.uuid);
   if (!existing) return undefined;
   const { domain, defined } = existing;
-  const drifted = await driftOf(context, libvirt, domain, defined, state);
-  const inputs = { ...inputsOf(state), ...drifted };
+  const inputs = { ...inputsOf(state), ...(await declaredDrift(context, libvirt, existing, state)) };
   const found = await stateOf({ context, host, libvirt, domain }, inputs, state.ready);
-  return {
-    id,
-    state: found,
-    inputs: { ...inputs, powerState: found.powerState === "running" ? ("running" as const) : ("stopped" as const) },
-  };
+  if (defined.metadata !== undefined && defined.metadata.origin !== state.origin) {
+    context.log("warn", `${state.name}: on ${host.label} it is marked as the machine of ${defined.metadata.origin} by now`);
+  }
+  return { id, state: found, inputs: { ...inputs, powerState: found.powerState } };
 }
 
 function inputsOf(state: MachineState): MachineInputs {
-  const { ipAddresses: _i, restartPending: _p, ready: _r, ownVolumes: _v, powerState, ...inputs } = state;
-  return { ...inputs, powerState: powerState === "running" ? "running" : "stopped" };
+  const { ipAddresses: _i, restartPending: _p, ready: _r, ownVolumes: _v, hostname: _h, ...inputs } = state;
+  return inputs;
 }
 
-/** What a human changed, in the user's own properties: of those only that the user declared. What lies deeper is said in a line. */
-async function driftOf(
+/** What a human changed, in the user's own properties: of those only that the user declared, or that make up the machine's disks. */
+async function declaredDrift(
   context: Context,
   libvirt: Libvirt,
-  domain: Domain,
-  defined: ObservedDomain,
+  { domain, defined }: Existing,
   state: MachineState,
 ): Promise<Partial<MachineInputs>> {
-  const drift: Partial<Record<keyof MachineInputs, unknown>> = {
-    memoryMiB: defined.memoryKiB / 1024,
-    vcpus: defined.vcpus,
-    machine: defined.machine,
-    firmware: defined.firmware,
-    secureBoot: defined.secureBoot,
-    title: defined.title,
-    description: defined.description,
-    autostart: await libvirt.domainGetAutostart(domain),
-    networks: networksOf(state, defined.interfaces),
-    disks: state.disks.filter(({ path }) => isAttached(path, state, defined)),
-  };
-  const spec = domainSpec(inputsOf(state), []);
-  for (const disk of spec.disks) {
-    const found = defined.disks.find(({ target }) => target === disk.target);
-    if (found?.path !== disk.path) {
+  const inputs = inputsOf(state);
+  const isSnapshot = await findSnapshots(libvirt, defined, state.diskPaths);
+  const autostart = await libvirt.domainGetAutostart(domain);
+  const drift = { ...driftOf(inputs, defined, isSnapshot), ...(autostart !== state.autostart && { autostart }) };
+  for (const { target, path } of domainSpec(inputs, []).disks) {
+    const found = defined.disks.find((disk) => disk.target === target);
+    if (found?.path !== path) {
       context.log(
         "warn",
-        `${state.name}: its disk ${disk.target} is ${found?.path ?? "gone"}, not ${disk.path}, by somebody else's change`,
+        `${state.name}: its disk ${target} is ${found?.path ?? "gone"}, not ${path ?? "empty"}, by somebody else's change`,
       );
     }
   }
   return Object.fromEntries(Object.entries(drift).filter(([key]) => state.declared.includes(key))) as Partial<MachineInputs>;
 }
 
-/** A disk under a snapshot is still attached: its place in the definition is taken by the file on top. */
-function isAttached(path: string, state: MachineState, defined: ObservedDomain): boolean {
-  const target = domainSpec(inputsOf(state), []).disks.find((disk) => disk.path === path)?.target;
-  return defined.disks.some((disk) => disk.path === path || disk.target === target);
-}
+const UNDEFINE_SAVED = DOMAIN_UNDEFINE.managedSave | DOMAIN_UNDEFINE.snapshotsMetadata;
+const UNDEFINE_FILES = UNDEFINE_SAVED | DOMAIN_UNDEFINE.nvram | DOMAIN_UNDEFINE.checkpointsMetadata;
 
-/** The networks as they are now; those that did not change stay word for word. */
-function networksOf(state: MachineState, interfaces: readonly ObservedInterface[]): readonly unknown[] {
-  const expected = domainSpec(inputsOf(state), []).interfaces;
-  return interfaces.map((each) => {
-    const index = expected.findIndex(({ mac }) => mac === each.mac);
-    if (index >= 0 && isSame(expected[index], each)) return state.networks[index];
-    const { type, source, mac, model } = each;
-    return { ...(type === "user" ? { type } : { [type]: source }), mac, model };
-  });
-}
-
-const UNDEFINE_ALL =
-  DOMAIN_UNDEFINE.managedSave | DOMAIN_UNDEFINE.snapshotsMetadata | DOMAIN_UNDEFINE.nvram | DOMAIN_UNDEFINE.checkpointsMetadata;
+/** From all that libvirt 8.9 knows (the state of a TPM, which older ones delete by themselves) to what its test driver knows. */
+const UNDEFINE_FLAGS: readonly number[] = [UNDEFINE_FILES | DOMAIN_UNDEFINE.tpm, UNDEFINE_FILES];
 
 async function remove(context: Context, _id: string, state: MachineState): Promise<void> {
   const host = openHost(context, state.host);
@@ -641,15 +623,17 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
   for (const path of new Set([...state.ownVolumes, ...volumes])) await deleteVolume(libvirt, path);
 }
 
-/** With its NVRAM, saved state and what libvirt knows of its snapshots. */
+/** With its NVRAM, the state of its TPM, its saved state and what libvirt knows of its snapshots. */
 async function undefine(libvirt: Libvirt, domain: Domain): Promise<void> {
-  try {
-    await libvirt.domainUndefineFlags(domain, UNDEFINE_ALL);
-  } catch (error) {
-    // VIR_ERR_INVALID_ARG: libvirt's test driver, and older daemons, refuse flags that they do not know.
-    if (!(error instanceof LibvirtError) || error.code !== INVALID_ARG) throw error;
-    await libvirt.domainUndefineFlags(domain, DOMAIN_UNDEFINE.managedSave | DOMAIN_UNDEFINE.snapshotsMetadata);
+  for (const flags of UNDEFINE_FLAGS) {
+    try {
+      return await libvirt.domainUndefineFlags(domain, flags);
+    } catch (error) {
+      // VIR_ERR_INVALID_ARG: flags that it does not know are refused.
+      if (!(error instanceof LibvirtError) || error.code !== INVALID_ARG) throw error;
+    }
   }
+  await libvirt.domainUndefineFlags(domain, UNDEFINE_SAVED);
 }
 
 /** VIR_ERR_INVALID_ARG of virterror.h. */

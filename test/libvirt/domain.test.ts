@@ -49,12 +49,29 @@ const plain: DomainSpec = {
   secureBoot: false,
   cpu: { mode: "maximum" },
   clock: "utc",
-  disks: [{ device: "disk", path: "/images/web-root.qcow2", format: "qcow2", bus: "sata", target: "sda", bootOrder: 1, isReadOnly: false }],
+  hasHyperv: false,
+  disks: [
+    {
+      device: "disk",
+      path: "/images/web-root.qcow2",
+      format: "qcow2",
+      bus: "sata",
+      target: "sda",
+      bootOrder: 1,
+      isReadOnly: false,
+      discard: "unmap",
+    },
+  ],
   interfaces: [{ type: "user", mac: "52:54:00:12:34:56", model: "e1000e" }],
   serialLog: "/var/log/libvirt/qemu/web-serial0.log",
+  graphics: { type: "vnc", listen: "127.0.0.1" },
+  video: "vga",
+  hasTpm: false,
+  hasBalloon: true,
+  hasRng: true,
 };
 
-const FIXTURES: Readonly<Record<string, DomainSpec>> = {
+const FIXTURES: Record<string, DomainSpec> = {
   "bios-sata": plain,
   "uefi-secure-boot": {
     ...plain,
@@ -75,7 +92,19 @@ const FIXTURES: Readonly<Record<string, DomainSpec>> = {
     vcpus: 4,
     disks: [
       { device: "disk", path: "/images/vault-boot.qcow2", format: "qcow2", bus: "virtio", target: "vda", bootOrder: 1, isReadOnly: false },
-      { device: "disk", path: "/images/vault-data.raw", format: "raw", bus: "scsi", target: "sda", serial: "data-1", isReadOnly: false },
+      {
+        device: "disk",
+        path: "/images/vault-data.raw",
+        format: "raw",
+        bus: "scsi",
+        target: "sda",
+        serial: "data-1",
+        isReadOnly: false,
+        isShareable: true,
+        cache: "none",
+        io: "native",
+        discard: "ignore",
+      },
       { device: "cdrom", path: "/images/tools.iso", format: "raw", bus: "sata", target: "sdb", isReadOnly: true },
     ],
     interfaces: [
@@ -96,6 +125,71 @@ const FIXTURES: Readonly<Record<string, DomainSpec>> = {
     interfaces: [{ type: "user", mac: "52:54:00:12:34:57", model: "e1000" }],
   },
 };
+
+/** Everything that a machine can have, on one each of the two chipsets. */
+Object.assign(FIXTURES, {
+  "windows-q35": {
+    ...plain,
+    name: "win",
+    metadata: { ...plain.metadata, patches: "0123456789abcdef" },
+    memoryKiB: 2048 * 1024,
+    maxMemoryKiB: 4096 * 1024,
+    hugepagesKiB: 2048,
+    vcpus: 2,
+    maxVcpus: 4,
+    pinning: [
+      { vcpu: 0, cpus: "0" },
+      { vcpu: 1, cpus: "0-1" },
+    ],
+    firmware: "uefi",
+    loader: { path: "/usr/share/OVMF/OVMF_CODE_4M.fd", nvramTemplate: "/usr/share/OVMF/OVMF_VARS_4M.fd", nvram: "/images/win_VARS.fd" },
+    smbios: {
+      system: { manufacturer: "VMware, Inc.", product: "VMware7,1", serial: "VMware-56 4d a1", family: "x" },
+      baseBoard: { manufacturer: "Intel", serial: "None" },
+      chassis: { asset: "No Asset Tag" },
+    },
+    cpu: { mode: "custom", model: "Nehalem", features: { vmx: "disable", aes: "require" } },
+    topology: { sockets: 1, cores: 2, threads: 2 },
+    clock: "localtime",
+    hasHyperv: true,
+    disks: [
+      {
+        device: "disk",
+        path: "/dev/vg0/win",
+        format: "raw",
+        bus: "virtio",
+        target: "vda",
+        bootOrder: 1,
+        isReadOnly: false,
+        discard: "unmap",
+      },
+      { device: "cdrom", path: undefined, format: "raw", bus: "sata", target: "sda", bootOrder: 2, isReadOnly: true },
+    ],
+    interfaces: [
+      { type: "direct", source: "eth0", mode: "bridge", mac: "52:54:00:aa:bb:03", model: "virtio", queues: 2, isLinkDown: true },
+      { type: "bridge", source: "br0", mac: "52:54:00:aa:bb:04", model: "virtio", vlan: [42], mtu: 9000 },
+    ],
+    graphics: { type: "vnc", listen: "0.0.0.0" },
+    video: "virtio",
+    hasTpm: true,
+    watchdog: "poweroff",
+  },
+  "headless-pc": {
+    ...plain,
+    name: "bare",
+    machine: "pc",
+    hugepagesKiB: 0,
+    cpu: { mode: "maximum" },
+    topology: { sockets: 2, cores: 1, threads: 1 },
+    vcpus: 2,
+    disks: [{ ...plain.disks[0]!, bus: "ide", target: "hda" }],
+    interfaces: [],
+    graphics: undefined,
+    video: undefined,
+    hasBalloon: false,
+    hasRng: false,
+  },
+} satisfies Record<string, DomainSpec>);
 
 describe.each(Object.entries(FIXTURES))("the machine %s", (name, spec) => {
   test("is written as in its fixture, and read back as it was", async () => {
@@ -191,7 +285,8 @@ test("machines of others are read as far as they have what ours have", () => {
     type: "xen",
     metadata: undefined,
     memoryKiB: 2 * 1024 * 1024,
-    vcpus: 2,
+    vcpus: 1,
+    maxVcpus: 2,
     machine: "xenfv",
     firmware: "uefi",
     secureBoot: true,

@@ -5,7 +5,8 @@ import type { PropertyChange } from "../../provider/resources/resource.ts";
 import { UNKNOWN } from "../../provider/resources/unknown.ts";
 import { VirtualMachineSchema } from "../../provider/resources/virtual-machine-schema.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
-import { MACHINE_CHANGES, type MachineState, virtualMachine } from "../../provider/resources/virtual-machine.ts";
+import { MACHINE_CHANGES } from "../../provider/resources/virtual-machine-changes.ts";
+import { type MachineState, virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
 import { type MachineBench, openMachineBench } from "./machine-bench.ts";
 
@@ -193,13 +194,14 @@ describe("check", () => {
     );
   });
 
-  test("refuses another size for a blank disk that was made", async ({ desk, host }) => {
-    const disk = { size: "1GiB", name: "data", pool: "default-pool" };
+  test("refuses that a disk shrinks, and lets it grow", async ({ desk, host }) => {
+    const disk = { size: "2MiB", name: "data", pool: "default-pool" };
     const inputs = await desk.checked(args(host, { disks: [disk] }));
     await virtualMachine.create(desk.context, inputs);
-    expect(await desk.failures(args(host, { disks: [{ ...disk, size: "2GiB" }] }), inputs)).toEqual([
-      { property: "disks[0].size", reason: expect.stringContaining("is not resized") },
+    expect(await desk.failures(args(host, { disks: [{ ...disk, size: "1MiB" }] }), inputs)).toEqual([
+      { property: "disks[0].size", reason: expect.stringContaining("a disk that shrinks loses what is at its end") },
     ]);
+    expect(await desk.failures(args(host, { disks: [{ ...disk, size: "3MiB" }] }), inputs)).toEqual([]);
   });
 
   test("asks for consent before a running guest is restarted, and says what will happen with it", async ({ desk, host }) => {

@@ -1,5 +1,4 @@
 /** The rules about a change of what exists: it is refused where it would take something that the user did not say yes to. Pure. */
-import { formatBytes } from "../../transfer/progress.ts";
 import type { Rule } from "./rule.ts";
 
 /** What a changed declaration does to a disk that exists. */
@@ -51,25 +50,25 @@ export const DISK_CHANGE_RULES: readonly Rule<DiskChange>[] = [
 ];
 
 /** What a changed declaration does to a machine that exists. */
-export interface MachineChange {
+export interface ChangedMachine {
   readonly name: string;
-  /** Blank disks whose size is another than they were made with; `property` is the user's path to the size. */
-  readonly resized: readonly { readonly property: string; readonly path: string; readonly madeBytes: number }[];
+  /** What no machine can take: the user's path to it, and why. */
+  readonly refused: readonly { readonly path: string; readonly why?: string | undefined }[];
   /** Properties that a running guest cannot take, when it runs and no consent to a restart is given. */
   readonly restart: readonly string[];
 }
 
-export const MACHINE_CHANGE_RULES: readonly Rule<MachineChange>[] = [
+export const MACHINE_CHANGE_RULES: readonly Rule<ChangedMachine>[] = [
   {
-    id: "virtlift/blank-disk-resized",
+    id: "virtlift/change-refused",
     level: "block",
     isFixed: true,
-    summary: "A blank disk that was made is declared with another size, and is not resized.",
-    remedy: "Undo the change, or give the new disk another `name`.",
-    test: ({ resized }) =>
-      resized.map(({ property, path, madeBytes }) => ({
-        property,
-        sentence: `${path} was made with ${formatBytes(madeBytes)} (${madeBytes} bytes) and is not resized: undo the change, or give the new disk another \`name\``,
+    summary: "A change that no machine can take: a disk that is to shrink.",
+    remedy: "Undo the change, or give another disk another `name`.",
+    test: ({ name, refused }) =>
+      refused.map(({ path, why }) => ({
+        property: path,
+        sentence: `${name} cannot take this change: ${why}: undo it, or declare another disk`,
       })),
   },
   {

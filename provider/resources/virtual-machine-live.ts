@@ -1,0 +1,200 @@
+/** Brings a running machine to its definition as far as libvirt can without a restart. Knows no properties: it compares hardware. */
+import { setTimeout as sleep } from "node:timers/promises";
+import { LibvirtError } from "../errors.ts";
+import type { Libvirt } from "../libvirt/client.ts";
+import { DOMAIN_BLOCK_RESIZE, DOMAIN_DEVICE_MODIFY, DOMAIN_MEMORY, DOMAIN_VCPU } from "../libvirt/constants.ts";
+import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
+import { type DomainSpec, type ObservedDomain, parseDomain, renderDisk, renderInterface } from "../libvirt/domain.ts";
+import type { Domain } from "../libvirt/procedures.ts";
+import { canPlugDisk, canPlugInterface, canUnplugDisk, canUpdateInterface, isSameDrive } from "./virtual-machine-changes.ts";
+import { type Guest, powerStateOf } from "./virtual-machine-guest.ts";
+import { isSame, type VolumePlan } from "./virtual-machine-spec.ts";
+
+/** A guest that lets a device go does so within a second; one that still boots, or has no driver for it, never hears that it is asked. */
+const UNPLUG_TIMEOUT_MS = 20_000;
+const ASK_AGAIN_MS = 5000;
+
+/** VIR_ERR_DEVICE_MISSING of virterror.h: it went between the look and the call. */
+const DEVICE_MISSING = 99;
+
+/** One call that changes the running machine. */
+interface Step {
+  run(): Promise<void>;
+  /** Takes it back after a later step failed; undefined where nothing can. */
+  readonly undo?: () => Promise<void>;
+}
+
+/**
+ * Changes what runs. A device that the guest does not let go stays, with a warning: it goes at the next start, as everything does that libvirt cannot
+ * change while the guest runs. Throws what libvirt throws, after having taken back what was done before.
+ */
+export async function changeLive(guest: Guest, wanted: DomainSpec): Promise<void> {
+  const live = parseDomain(await guest.libvirt.domainGetXMLDesc(guest.domain));
+  const steps = [...diskSteps(guest, live, wanted), ...interfaceSteps(guest, live, wanted), ...sizeSteps(guest, live, wanted)];
+  const done: Step[] = [];
+  try {
+    for (const step of steps) {
+      if (await isSupported(step.run())) done.push(step);
+    }
+  } catch (error) {
+    for (const { undo } of done.toReversed()) {
+      await undo?.().catch((failure: unknown) => {
+        const reason = failure instanceof Error ? failure.message : String(failure);
+        guest.context.log("warn", `${guest.domain.name}: a change to the running machine could not be taken back: ${reason}`);
+      });
+    }
+    throw error;
+  }
+}
+
+/** False where libvirt's driver knows no such call at all, as its test driver: the change then comes with the next start. */
+async function isSupported(called: Promise<void>): Promise<boolean> {
+  try {
+    await called;
+    return true;
+  } catch (error) {
+    if (error instanceof LibvirtError && error.code === NO_SUPPORT) return false;
+    throw error;
+  }
+}
+
+/** VIR_ERR_NO_SUPPORT of virterror.h. */
+const NO_SUPPORT = 3;
+
+const LIVE = DOMAIN_DEVICE_MODIFY.live;
+
+function diskSteps(guest: Guest, live: ObservedDomain, wanted: DomainSpec): readonly Step[] {
+  const { libvirt, domain } = guest;
+  const gone = live.disks.filter((disk) => canUnplugDisk(disk) && !wanted.disks.some((each) => isSameDrive(each, disk)));
+  const steps: Step[] = gone.map((disk) => ({
+    run: () =>
+      unplug(guest, {
+        what: `its disk ${disk.target} (${disk.path ?? "which is no file"})`,
+        xml: renderDisk(disk as DiskSpec),
+        isThere: ({ disks }) => disks.some(({ target }) => target === disk.target),
+      }),
+    undo: () => libvirt.domainAttachDeviceFlags(domain, renderDisk(disk as DiskSpec), LIVE),
+  }));
+  for (const disk of wanted.disks) {
+    const old = live.disks.find((each) => isSameDrive(each, disk));
+    if (!old && canPlugDisk(disk, live.disks)) steps.push(plugStep(guest, renderDisk(disk)));
+    else if (old && isOtherMedium(old, disk)) {
+      // The drive's door may be locked by the guest: the medium goes as if its button had been held.
+      const change = (each: DiskSpec) => libvirt.domainUpdateDeviceFlags(domain, renderDisk(each), LIVE | DOMAIN_DEVICE_MODIFY.force);
+      steps.push({ run: () => change(disk), undo: () => change({ ...disk, path: old.path }) });
+    }
+  }
+  return steps;
+}
+
+function isOtherMedium(old: ObservedDisk, disk: DiskSpec): boolean {
+  return old.path !== disk.path && isSame({ ...old, path: undefined, format: undefined }, { ...disk, path: undefined, format: undefined });
+}
+
+function interfaceSteps(guest: Guest, live: ObservedDomain, wanted: DomainSpec): readonly Step[] {
+  const { libvirt, domain } = guest;
+  const gone = live.interfaces.filter(
+    ({ mac, model }) => canPlugInterface(model, live.machine) && !wanted.interfaces.some((each) => each.mac === mac),
+  );
+  const steps: Step[] = gone.map((each) => ({
+    run: () =>
+      unplug(guest, {
+        what: `its interface ${each.mac}`,
+        xml: renderInterface(each as InterfaceSpec),
+        isThere: ({ interfaces }) => interfaces.some(({ mac }) => mac === each.mac),
+      }),
+    undo: () => libvirt.domainAttachDeviceFlags(domain, renderInterface(each as InterfaceSpec), LIVE),
+  }));
+  for (const each of wanted.interfaces) {
+    const old = live.interfaces.find(({ mac }) => mac === each.mac);
+    if (!old && canPlugInterface(each.model, live.machine)) steps.push(plugStep(guest, renderInterface(each)));
+    else if (old && !isSame(old, each) && canUpdateInterface(old, each)) {
+      const change = (wish: ObservedInterface) => libvirt.domainUpdateDeviceFlags(domain, renderInterface(wish as InterfaceSpec), LIVE);
+      // libvirt takes a missing link state for no change.
+      steps.push({ run: () => change(each), undo: () => change(old) });
+    }
+  }
+  return steps;
+}
+
+/** Memory and CPUs: of what the guest was started with. A CPU cannot be taken back, so it comes last. */
+function sizeSteps({ libvirt, domain }: Guest, live: ObservedDomain, wanted: DomainSpec): readonly Step[] {
+  const steps: Step[] = [];
+  const isSameMemory = (live.maxMemoryKiB ?? live.memoryKiB) === (wanted.maxMemoryKiB ?? wanted.memoryKiB);
+  if (isSameMemory && live.hasBalloon && live.memoryKiB !== wanted.memoryKiB) {
+    const give = (memoryKiB: number) => libvirt.domainSetMemoryFlags(domain, memoryKiB, DOMAIN_MEMORY.live);
+    steps.push({ run: () => give(wanted.memoryKiB), undo: () => give(live.memoryKiB) });
+  }
+  const isSameCount = (live.maxVcpus ?? live.vcpus) === (wanted.maxVcpus ?? wanted.vcpus);
+  if (isSameCount && live.vcpus < wanted.vcpus) {
+    steps.push({ run: () => libvirt.domainSetVcpusFlags(domain, wanted.vcpus, DOMAIN_VCPU.live) });
+  }
+  return steps;
+}
+
+function plugStep({ libvirt, domain }: Guest, xml: string): Step {
+  return {
+    run: () => libvirt.domainAttachDeviceFlags(domain, xml, LIVE),
+    undo: () => libvirt.domainDetachDeviceFlags(domain, xml, LIVE),
+  };
+}
+
+interface Unplugging {
+  /** For the user: `its disk vdb (/path)`. */
+  readonly what: string;
+  readonly xml: string;
+  readonly isThere: (live: ObservedDomain) => boolean;
+}
+
+/** Asks the guest to let the device go and waits until it has. */
+async function unplug({ context, host, libvirt, domain }: Guest, { what, xml, isThere }: Unplugging): Promise<void> {
+  const woken: { wake: () => void } = { wake: () => undefined };
+  const stopListening = await libvirt.onDomainEvent("deviceRemoved", ({ dom }) => {
+    if (dom.uuid === domain.uuid) woken.wake();
+  });
+  try {
+    const deadline = performance.now() + UNPLUG_TIMEOUT_MS;
+    while (performance.now() < deadline) {
+      const removed = new Promise<void>((resolve) => (woken.wake = resolve));
+      await askToLetGo(libvirt, domain, xml);
+      // The event may be missed between two connections: after a while the machine itself is looked at.
+      await Promise.race([removed, sleep(ASK_AGAIN_MS, undefined, { signal: context.signal })]);
+      if (!isThere(parseDomain(await libvirt.domainGetXMLDesc(domain)))) return;
+    }
+  } finally {
+    await stopListening();
+  }
+  context.log(
+    "warn",
+    `${domain.name} on ${host.label}: the guest did not let ${what} go within ${UNPLUG_TIMEOUT_MS / 1000} s: it goes at its next start`,
+  );
+}
+
+async function askToLetGo(libvirt: Libvirt, domain: Domain, xml: string): Promise<void> {
+  try {
+    await libvirt.domainDetachDeviceFlags(domain, xml, LIVE);
+  } catch (error) {
+    // It is gone, or it was asked before and has not answered yet: the look at the machine tells.
+    if (!(error instanceof LibvirtError) || (error.code !== DEVICE_MISSING && error.code !== OPERATION_FAILED)) throw error;
+  }
+}
+
+/** VIR_ERR_OPERATION_FAILED of virterror.h: the device is in the process of unplug. */
+const OPERATION_FAILED = 9;
+
+/** Grows the volumes that are smaller than they are to be, under a running guest by its QEMU. Resolves with the paths of those that grew. */
+export async function growVolumes(guest: Guest, volumes: readonly VolumePlan[], defined: ObservedDomain): Promise<readonly string[]> {
+  const { libvirt, domain } = guest;
+  const isStopped = (await powerStateOf(guest)) === "stopped";
+  const grown: string[] = [];
+  for (const { path, capacityBytes, content } of volumes) {
+    const disk = defined.disks.find((each) => each.path === path);
+    if (capacityBytes === undefined || content !== undefined || disk === undefined) continue;
+    const volume = await libvirt.storageVolLookupByPath(path);
+    if ((await libvirt.storageVolGetInfo(volume)).capacity >= capacityBytes) continue;
+    if (isStopped) await libvirt.storageVolResize(volume, capacityBytes);
+    else await libvirt.domainBlockResize(domain, disk.target, capacityBytes, DOMAIN_BLOCK_RESIZE.bytes);
+    grown.push(path);
+  }
+  return grown;
+}
