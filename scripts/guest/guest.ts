@@ -37,6 +37,9 @@ const DRIVERS = [
   "e1000e",
   "button",
   "evdev",
+  "virtio_balloon",
+  "sr_mod",
+  "isofs",
 ];
 
 const DRIVE_FORMATS = {
@@ -54,7 +57,8 @@ export interface GuestOptions {
   readonly sizeMiB?: number;
   /**
    * What the guest does when it has told all: power off (default), or stay. A guest that stays asks for an address by DHCP on each interface,
-   * tells of interfaces and disks that appear later, and powers off when the power button (ACPI) is pressed.
+   * tells of interfaces and disks that appear later or go, of their links and sizes, of CPUs, memory and the seed in its CD-ROM drive, whenever these
+   * change, and powers off when the power button (ACPI) is pressed.
    */
   readonly stay?: boolean;
   /** Whether it tells the SHA-256 of each disk up to 256 MiB. Default true; costs about 0.1 s a MiB where the CPU is emulated. */

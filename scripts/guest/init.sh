@@ -52,6 +52,37 @@ tell_new() {
   done
 }
 
+# What can change while the guest runs, a line each.
+facts() {
+  for each in $(interfaces); do echo "present=$(cat "/sys/class/net/$each/address") carrier=$(cat "/sys/class/net/$each/carrier" 2> /dev/null)"; done
+  for each in $(disks); do echo "present=/dev/$each bytes=$(($(cat "/sys/block/$each/size") * 512))"; done
+  echo "vcpus=$(nproc)"
+  # The balloon moves in small steps, and the rest of the kernel a little too.
+  echo "memory-mib=$(awk '/^MemTotal/ { print int($2 / 16384) * 16 }' /proc/meminfo)"
+  for each in /sys/block/sr*; do
+    [ -e "$each" ] || continue
+    mkdir -p /medium
+    if mount -t iso9660 -o ro "/dev/$(basename "$each")" /medium 2> /dev/null; then
+      echo "medium=$(basename "$each") files=$(ls /medium | tr '\n' ',') user-data=$(sha256sum /medium/user-data 2> /dev/null | cut -d' ' -f1)"
+      umount /medium
+    else
+      echo "medium=$(basename "$each") files="
+    fi
+  done
+}
+
+# Tells each fact that is new, and each that is no longer so.
+known=/facts
+tell_changes() {
+  # A CPU that is plugged in waits to be switched on.
+  for each in /sys/devices/system/cpu/cpu*/online; do [ "$(cat "$each")" = 1 ] || echo 1 > "$each"; done
+  facts > /facts.new
+  [ -e "$known" ] || : > "$known"
+  grep -vxFf "$known" /facts.new | while read -r fact; do say "now $fact"; done
+  grep -vxFf /facts.new "$known" | while read -r fact; do say "no more $fact"; done
+  mv /facts.new "$known"
+}
+
 firmware=bios
 [ -e /sys/firmware/efi ] && firmware=uefi
 say "kernel=$(uname -r) firmware=$firmware vcpus=$(nproc) memory-kib=$(awk '/^MemTotal/ { print $2 }' /proc/meminfo) uuid=$(cat /sys/class/dmi/id/product_uuid 2> /dev/null)"
@@ -63,7 +94,10 @@ if declared virtlift.stay; then
     [ "$(cat "$event/device/name")" = "Power Button" ] || continue
     (dd if="/dev/input/$(basename "$event")" of=/dev/null bs=24 count=1 2> /dev/null && say "power button" && sleep 1 && poweroff -f) &
   done
-  while sleep 1; do tell_new; done
+  while sleep 1; do
+    tell_new
+    tell_changes
+  done
 fi
 # The serial port's last bytes leave the guest by interrupts, which power off does not wait for.
 sleep 1
