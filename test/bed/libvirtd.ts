@@ -139,7 +139,8 @@ async function prepareFiles(stack: AsyncDisposableStack, options: LibvirtdOption
   // QEMU runs as its own user and must get through to the disks.
   await chmod(directory, 0o711);
   const poolPath = join(directory, "images");
-  for (const folder of ["run", "lib", "lib/images", "log", "log/qemu", "home", "images"]) await mkdir(join(directory, folder), { mode: 0o711 });
+  for (const folder of ["run", "lib", "lib/images", "log", "log/qemu", "home", "images"])
+    await mkdir(join(directory, folder), { mode: 0o711 });
   // What libvirt found out about QEMU costs seconds and is the same for every daemon of this machine.
   await mkdir(cachePath("libvirt"), { recursive: true });
   await writeFile(join(directory, "hostname"), name);

@@ -55,7 +55,7 @@ export interface Sshd extends AsyncDisposable {
   /** A known_hosts file that holds this server's keys, and only those. */
   readonly knownHostsFile: string;
   readonly daemon: Daemon;
-  /** The server's folder, removed on dispose; a test may put its own files there. */
+  /** The server's folder, removed on dispose; a test may put its own files there. `home` in it is the user's HOME in sessions. */
   readonly directory: string;
 }
 
@@ -65,6 +65,7 @@ export async function openSshd(options: SshdOptions = {}): Promise<Sshd> {
   const directory = stack.use(await openDirectory("sshd")).path;
   // sshd reads authorized_keys as the user who logs in.
   await chmod(directory, 0o711);
+  await mkdir(join(directory, "home"));
   const address = options.listenAddress ?? "127.0.0.1";
   const hostKeys =
     options.hostKeys ??
@@ -172,6 +173,9 @@ function renderSshdConfig(server: {
     "PrintLastLog no",
     "LogLevel VERBOSE",
     "Subsystem sftp internal-sftp",
+    // A session's shell would read the real user's start-up files: slow, unknown, and not ours to be killed in the middle of.
+    `Match User ${userInfo().username}`,
+    `  SetEnv HOME=${join(server.directory, "home")}`,
     "",
   ].join("\n");
 }
