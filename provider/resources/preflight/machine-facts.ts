@@ -45,7 +45,9 @@ export async function gatherMachine(
     facts.offer(inputs.machine, inputs.domainType),
     facts.networks(),
     facts.machines(),
-    Promise.all([...new Set(inputs.diskPaths.map((path) => posix.dirname(path)))].map((folder) => facts.folder(folder))),
+    Promise.all(
+      [...new Set(inputs.diskPaths.filter((path) => path !== "").map((path) => posix.dirname(path)))].map((folder) => facts.folder(folder)),
+    ),
   ]);
   const known = machines.filter(isOwn).flatMap(({ metadata }) => metadata?.volumes.map(({ path }) => path) ?? []);
   const wanted = ownVolumes(inputs).filter(({ path }) => !known.includes(path));
@@ -81,10 +83,10 @@ export function declaredMachine(inputs: MachineInputs): DeclaredMachine {
   };
 }
 
-/** Whether the guest may write to the disk at `index` of `diskPaths`, the boot disk first. */
+/** Whether the guest writes to the disk at `index` of `diskPaths`, the boot disk first, as if it were alone: not when it is declared shareable. */
 export function isWritable(inputs: MachineInputs, index: number): boolean {
   const further = inputs.disks[index - 1];
-  return !further?.readOnly && further?.device !== "cdrom";
+  return !further?.readOnly && further?.device !== "cdrom" && further?.shareable !== true;
 }
 
 async function existing(libvirt: Libvirt, paths: readonly string[]): Promise<ReadonlySet<string>> {
