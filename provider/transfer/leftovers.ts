@@ -12,9 +12,11 @@ for part in "$1"/*.part; do
 done
 `;
 
-/** Under the lock, so that a writer who came in between keeps his part. */
+/** Under the lock, so that a writer who came in between keeps his part. The stamp of a part that has its final name already is the volume's. */
 const REMOVE = `
-flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.stamp" "$1/$2.guest" || exit 75
+stamp=$1/$2.stamp
+[ "$(stat -c %h -- "$1/$2.part")" = 1 ] || stamp=
+flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.guest" \${stamp:+"$stamp"} || exit 75
 rm -f -- "$1/$2.lock"
 rmdir -- "$1" 2>/dev/null
 exit 0

@@ -71,6 +71,10 @@ export class PartFile implements Part {
   #abandonWrite: (error: unknown) => void = () => {};
   #frameOffset = 0;
   #frameLength = 0;
+  /** Where this run's frames lie, in the order in which they came. */
+  readonly #placed: { readonly offset: number; lengthBytes: number }[] = [];
+  #endBytes = 0;
+  #isSized = false;
   #sentBytes = 0;
   #keptBytes = 0;
 
@@ -138,10 +142,13 @@ export class PartFile implements Part {
 
   /** Sets the size of the part, for what ends in a hole. */
   async setSize(sizeBytes: number): Promise<void> {
+    await this.#clearGaps(sizeBytes);
     await this.#command(`size ${sizeBytes}\n`);
+    this.#isSized = true;
   }
 
   async allocate(sizeBytes: number): Promise<void> {
+    await this.setSize(sizeBytes);
     await this.#command(`allocate ${sizeBytes}\n`);
   }
 
@@ -177,8 +184,20 @@ export class PartFile implements Part {
     return Math.floor(Date.now() / 1000);
   }
 
+  /**
+   * Has the host run a script of sh that fills the part, which is `"$part"` there; it should end in `exec`, so that it can be stopped. It has no stdin, and
+   * its text is in no argv. Throws DiskError with the last of what it wrote when it fails.
+   */
+  async run(script: string): Promise<void> {
+    const bytes = Buffer.from(script);
+    await this.#command(Buffer.concat([Buffer.from(`run ${bytes.length}\n`), bytes]));
+    this.#isSized = true;
+  }
+
   /** Links the part to its final path, modified at `modifiedSeconds` (since 1970). Throws PathTaken when the path exists by now: the part is discarded. */
   async publish(modifiedSeconds: number): Promise<{ readonly allocatedBytes: number }> {
+    // An earlier run of a longer source may have left an end.
+    if (!this.#isSized) await this.setSize(this.#endBytes);
     await this.#send(`publish ${modifiedSeconds}\n`);
     const answer = await this.#answers.next();
     if (answer === "exists") {
@@ -211,6 +230,18 @@ export class PartFile implements Part {
     return have.digest;
   }
 
+  /** Makes zeros of what this run did not write: an earlier one, perhaps of another version of the source, may have. */
+  async #clearGaps(sizeBytes: number): Promise<void> {
+    await this.#flush();
+    if (this.#held.size === 0) return;
+    let at = 0;
+    for (const { offset, lengthBytes } of this.#placed.toSorted((a, b) => a.offset - b.offset)) {
+      if (offset > at) await this.#command(`clear ${at} ${offset - at}\n`);
+      at = Math.max(at, offset + lengthBytes);
+    }
+    if (sizeBytes > at) await this.#command(`clear ${at} ${sizeBytes - at}\n`);
+  }
+
   async #seek(position: number): Promise<void> {
     const end = this.#frameOffset + this.#frameLength;
     if (this.#frameLength > 0 && position !== end) {
@@ -230,6 +261,10 @@ export class PartFile implements Part {
     const bytes = this.#frame.subarray(0, this.#frameLength);
     const key = `${this.#frameOffset} ${this.#frameLength}`;
     const digest = sha256(bytes);
+    const last = this.#placed.at(-1);
+    if (last && last.offset + last.lengthBytes === this.#frameOffset) last.lengthBytes += bytes.length;
+    else this.#placed.push({ offset: this.#frameOffset, lengthBytes: bytes.length });
+    this.#endBytes = Math.max(this.#endBytes, this.#frameOffset + bytes.length);
     this.#frameLength = 0;
     if (this.#held.has(key) && this.#held.get(key) === (await digest)) {
       this.#keptBytes += bytes.length;

@@ -7,8 +7,9 @@
  * | command               | does                                                                | answers                                    |
  * |-----------------------|---------------------------------------------------------------------|--------------------------------------------|
  * | (start)               | takes the lock                                                      | `ready`, `busy`, or `exists`               |
- * | `resume`              | hashes the frames that an earlier run wrote                         | `have OFFSET LENGTH SHA256`..., then `ok`  |
+ * | `resume`              | hashes the frames that an earlier run noted, or empties the part    | `have OFFSET LENGTH SHA256`..., then `ok`  |
  * | `write OFFSET LENGTH` | writes the LENGTH bytes that follow, then hashes them from the file | `have OFFSET LENGTH SHA256`, in any order  |
+ * | `clear OFFSET LENGTH` | makes zeros of a range, as far as the part reaches                  | `ok`                                       |
  * | `size BYTES`          | sets the part's size                                                | `ok`                                       |
  * | `allocate BYTES`      | allocates the part in full                                          | `ok`                                       |
  * | `sync`                | makes part and folder durable                                       | `ok`                                       |
@@ -38,15 +39,23 @@ hash() {
 [ ! -L "$work" ] || fail "$work is a symbolic link"
 tries=0
 while :; do
-  message=$(mkdir -p -- "$work" 2>&1) || fail "$message"
-  exec 9>>"$lock"
-  flock -n 9 || { echo busy; exit 0; }
-  [ "$lock" -ef /dev/fd/9 ] && break
+  # Another import that ends removes the empty folder. \`command\` keeps the shell alive where the file cannot be made.
+  if message=$(mkdir -p -- "$work" 2>&1) && command exec 9>>"$lock"; then
+    flock -n 9 || { echo busy; exit 0; }
+    [ "$lock" -ef /dev/fd/9 ] && break
+    message="the lock $lock keeps changing"
+  fi
   tries=$((tries + 1))
-  [ "$tries" -lt 20 ] || fail "the lock $lock keeps changing"
+  [ "$tries" -lt 20 ] || fail "\${message:-cannot write $lock}"
 done
 finish() { rm -f -- "$lock" "$guest"; rmdir -- "$work" 2>/dev/null; }
-[ ! -e "$final" ] && [ ! -L "$final" ] || { [ -e "$part" ] || finish; echo exists; exit 0; }
+if [ -e "$final" ] || [ -L "$final" ]; then
+  # A host that lost its power while it published has both names of the one file.
+  if [ "$part" -ef "$final" ]; then rm -f -- "$part" "$journal"; fi
+  [ -e "$part" ] || finish
+  echo exists
+  exit 0
+fi
 : >>"$part"
 rm -f -- "$guest"
 trap 'rm -f -- "$guest"' EXIT
@@ -54,14 +63,25 @@ echo ready
 while IFS=' ' read -r verb first second; do
   case $verb in
   resume)
-    if [ -f "$journal" ]; then
+    if [ -s "$journal" ]; then
       sort -u -- "$journal" | while IFS=' ' read -r offset length; do hash "$part" "$offset" "$length"; done
+    else
+      message=$(truncate -s 0 -- "$part" 2>&1) || fail "$message"
     fi
     echo ok ;;
   write)
     message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
     message=$({ printf '%s %s\\n' "$first" "$second" >>"$journal"; } 2>&1) || fail "cannot write $journal: $message"
     hash "$part" "$first" "$second" 9>&- </dev/null & ;;
+  clear)
+    size=$(stat -c %s -- "$part")
+    [ "$second" -le "$((size - first))" ] || second=$((size - first))
+    if [ "$second" -gt 0 ]; then
+      # Not every file system knows how to make a hole.
+      fallocate -p -o "$first" -l "$second" -- "$part" 2>/dev/null ||
+        message=$(dd if=/dev/zero of="$part" bs=1048576 iflag=count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
+    fi
+    echo ok ;;
   size)
     message=$(truncate -s "$first" -- "$part" 2>&1) || fail "$message"
     echo ok ;;

@@ -55,6 +55,61 @@ describe("a part file", () => {
     expect(await pool.leftovers()).toEqual([]);
   });
 
+  it("keeps nothing of an earlier run that this one does not write", async () => {
+    for (const [earlier, sizeBytes] of [
+      [randomBytes(2 * FRAME_BYTES), 2 * FRAME_BYTES + 4096],
+      [randomBytes(2 * FRAME_BYTES), FRAME_BYTES],
+      [randomBytes(4096), 2 * FRAME_BYTES],
+    ] as const) {
+      await using pool = await openPool();
+      {
+        await using part = await pool.open();
+        await part.resume();
+        await part.write(4096, earlier);
+        await part.settle();
+      }
+      const expected = Buffer.alloc(sizeBytes);
+      randomBytes(4096).copy(expected, 1024 * 1024);
+      await using part = await pool.open();
+      await part.resume();
+      await part.write(1024 * 1024, expected.subarray(1024 * 1024, 1024 * 1024 + 4096));
+      await part.settle();
+      await part.setSize(sizeBytes);
+      expect(await part.digest(0)).toBe(sha256(expected));
+      await part.publish(1);
+      expect(sha256(await readFile(pool.finalPath))).toBe(sha256(expected));
+    }
+  });
+
+  it("ends where this run ends, when an earlier one went further", async () => {
+    await using pool = await openPool();
+    {
+      await using part = await pool.open();
+      await part.write(0, randomBytes(FRAME_BYTES + 4096));
+      await part.settle();
+    }
+    await using part = await pool.open();
+    await part.resume();
+    await part.write(0, randomBytes(4096));
+    await part.settle();
+    await part.publish(1);
+    expect((await stat(pool.finalPath)).size).toBe(4096);
+  });
+
+  it("begins whatever other imports begin and end beside it", async () => {
+    await using directory = await openDirectory("crowd");
+    await using pool = await openPool();
+    const imports = Array.from({ length: 8 }, async (_, lane) => {
+      for (let turn = 0; turn < 5; turn++) {
+        const finalPath = join(directory.path, `${lane}-${turn}`);
+        await using part = await openPartFile(pool.host, { id: `${lane}-${turn}`, finalPath, signal: new AbortController().signal });
+        await part.publish(1);
+      }
+    });
+    await Promise.all(imports);
+    expect(await readdir(directory.path)).toHaveLength(8 * 5);
+  }, 20_000);
+
   it("leaves holes where nothing was written", async () => {
     await using pool = await openPool();
     await using part = await pool.open();
