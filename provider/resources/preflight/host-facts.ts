@@ -98,6 +98,7 @@ export interface LinkSpeed {
 /** The facts of one host. Throws what the host throws; a failed question is asked again the next time. */
 export class HostFacts {
   readonly #host: Host;
+  #connection: Libvirt | undefined;
   readonly #kept = new Map<string, Promise<unknown>>();
   readonly #recent = new Map<string, { readonly until: number; readonly answer: Promise<unknown> }>();
 
@@ -230,8 +231,9 @@ export class HostFacts {
     return this.#keep("link", async () => (this.#host.isLocal || (await this.system()) === undefined ? undefined : measure(this.#host)));
   }
 
-  /** Remembers the answer for as long as the process lives. */
-  #keep<Answer>(question: string, ask: () => Promise<Answer>): Promise<Answer> {
+  /** Remembers the answer for as long as the connection lives: another daemon may answer otherwise. */
+  async #keep<Answer>(question: string, ask: () => Promise<Answer>): Promise<Answer> {
+    await this.#notice();
     const known = this.#kept.get(question) as Promise<Answer> | undefined;
     if (known !== undefined) return known;
     const answer = ask();
@@ -240,13 +242,23 @@ export class HostFacts {
     return answer;
   }
 
-  #ask<Answer>(question: string, ask: () => Promise<Answer>): Promise<Answer> {
+  async #ask<Answer>(question: string, ask: () => Promise<Answer>): Promise<Answer> {
+    await this.#notice();
     const known = this.#recent.get(question);
     if (known !== undefined && known.until > performance.now()) return known.answer as Promise<Answer>;
     const answer = ask();
     this.#recent.set(question, { until: performance.now() + LIFE_MS, answer });
     answer.catch(() => this.#recent.delete(question));
     return answer;
+  }
+
+  /** Forgets everything when the connection was made anew. */
+  async #notice(): Promise<void> {
+    const libvirt = await this.#host.libvirt();
+    if (libvirt === this.#connection) return;
+    this.#connection = libvirt;
+    this.#kept.clear();
+    this.#recent.clear();
   }
 
   /** The output of a script that only reads; undefined when the host gives no shell to run it. */
