@@ -75,11 +75,12 @@ facts() {
 known=/facts
 tell_changes() {
   # A CPU that is plugged in waits to be switched on.
-  for each in /sys/devices/system/cpu/cpu*/online; do [ "$(cat "$each")" = 1 ] || echo 1 > "$each"; done
+  for each in /sys/devices/system/cpu/cpu*/online; do [ -e "$each" ] && [ "$(cat "$each")" = 0 ] && echo 1 > "$each"; done
   facts > /facts.new
-  [ -e "$known" ] || : > "$known"
+  # busybox's grep takes an empty list for one that fits everything.
+  [ -e "$known" ] || echo nothing > "$known"
   grep -vxFf "$known" /facts.new | while read -r fact; do say "now $fact"; done
-  grep -vxFf /facts.new "$known" | while read -r fact; do say "no more $fact"; done
+  grep -vxFf /facts.new "$known" | grep -vx nothing | while read -r fact; do say "no more $fact"; done
   mv /facts.new "$known"
 }
 
