@@ -48,6 +48,15 @@ export const TESTS: readonly Need[] = [
   { debian: "iptables", brings: ["iptables"] },
   { debian: "dnsmasq-base", brings: ["dnsmasq"] },
   { debian: "util-linux", brings: ["setpriv"] },
+  { debian: "fdisk", brings: ["sfdisk"] },
+  { debian: "parted", brings: ["parted"] },
+  { debian: "e2fsprogs", brings: ["mkfs.ext4"] },
+  { debian: "dosfstools", brings: ["mkfs.vfat"] },
+  { debian: "openssl", brings: ["openssl"] },
+  { debian: "curl", brings: ["curl"] },
+  { debian: "xz-utils", brings: ["xz"] },
+  { debian: "zstd", brings: ["zstd"] },
+  { debian: "zip", brings: ["zip"] },
 ];
 
 /** What a person has to do before the script can go on; its message is all that should be shown. */
