@@ -8,6 +8,7 @@ import type { Libvirt } from "./libvirt/client.ts";
 import type { Domain } from "./libvirt/procedures.ts";
 import { openHost } from "./resources/connect.ts";
 import { clearLeftovers, findLeftovers, type PoolLeftover } from "./resources/leftovers.ts";
+import { type CheckReport, type CheckRequest, checkSource } from "./resources/preflight/check.ts";
 import { directoryPools } from "./resources/pool.ts";
 import type { Context } from "./resources/resource.ts";
 import { HostSchema } from "./resources/schema.ts";
@@ -43,6 +44,8 @@ export interface Toolbox extends AsyncDisposable {
   checkMachine(inputs: Readonly<Record<string, unknown>>): Promise<readonly string[]>;
   /** Reads a source's header and tables. Throws DiskError as an import of it would. */
   measureSource(source: SourceSpec): Promise<SourceMeasure>;
+  /** What the rules say of an image or a package, were it brought to a host. */
+  checkSource(request: CheckRequest): Promise<CheckReport>;
   surveyHost(host: unknown): Promise<HostSurvey>;
   /** What interrupted imports left in the host's pools. */
   findLeftovers(host: unknown): Promise<readonly PoolLeftover[]>;
@@ -73,6 +76,7 @@ export function createToolbox(hosts: Hosts, config: Context["config"]): Toolbox 
         notes,
       };
     },
+    checkSource: (request) => checkSource(context, request),
     async surveyHost(declared) {
       const host = open(declared);
       const libvirt = await host.libvirt();

@@ -2,11 +2,12 @@
 /** The command `virtlift`. Each command is a file in `cli/`; this one finds it. */
 import { argv, exit, stderr, stdout } from "node:process";
 import { batchCommands } from "./cli/batch.ts";
+import { check } from "./cli/check.ts";
 import { clean } from "./cli/clean.ts";
 import { type Command, UsageError } from "./cli/command.ts";
 import { schema } from "./cli/schema.ts";
 
-const COMMANDS: readonly Command[] = [...batchCommands, clean, schema];
+const COMMANDS: readonly Command[] = [...batchCommands, check, clean, schema];
 
 const HELP = `virtlift brings virtual machines home to libvirt/KVM.
 

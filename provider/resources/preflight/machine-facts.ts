@@ -79,7 +79,7 @@ export function declaredMachine(inputs: MachineInputs): DeclaredMachine {
     macs: macAddresses,
     writablePaths: inputs.diskPaths.filter((_, index) => isWritable(inputs, index)),
     memoryMiB,
-    isRunning: powerState === "running",
+    isRunning: powerState !== "stopped",
   };
 }
 

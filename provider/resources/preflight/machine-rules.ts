@@ -210,7 +210,7 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     summary: "The machine boots by UEFI, and the host has no such firmware.",
     remedy: "Install ovmf (Debian, Ubuntu) or edk2-ovmf (Fedora, RHEL) on the host.",
     test: (facts) =>
-      facts.inputs.firmware === "uefi" && offered(facts)?.uefi === false
+      facts.inputs.firmware === "uefi" && facts.inputs.loader === undefined && offered(facts)?.uefi === false
         ? [
             {
               property: "firmware",
@@ -226,10 +226,20 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     remedy: "Install ovmf (Debian, Ubuntu) or edk2-ovmf (Fedora, RHEL) on the host.",
     test: (facts) => {
       const offer = offered(facts);
-      if (!facts.inputs.secureBoot || !offer?.uefi || offer.secureBoot) return [];
+      if (!facts.inputs.secureBoot || facts.inputs.loader !== undefined || !offer?.uefi || offer.secureBoot) return [];
       const sentence = `${facts.host.label} has no UEFI firmware with Secure Boot: install ovmf (Debian, Ubuntu) or edk2-ovmf (Fedora, RHEL)`;
       return [{ property: "secureBoot", sentence }];
     },
+  },
+  {
+    id: "virtlift/no-tpm",
+    level: "block",
+    summary: "The machine wants a TPM, and the host cannot emulate one.",
+    remedy: "Install swtpm and swtpm-tools on the host.",
+    test: (facts) =>
+      facts.inputs.tpm === true && offered(facts)?.tpm === false
+        ? [{ property: "tpm", sentence: `${facts.host.label} cannot emulate a TPM: install swtpm and swtpm-tools` }]
+        : [],
   },
   {
     id: "virtlift/cpu-mode",
@@ -531,7 +541,7 @@ const NEWER_FEATURES: readonly {
     since: 7_002_000,
     property: "firmware",
     words: "the choice of UEFI firmware by its features",
-    isUsed: ({ firmware }) => firmware === "uefi",
+    isUsed: ({ firmware, loader }) => firmware === "uefi" && loader === undefined,
   },
   { since: 7_001_000, property: "cpu.mode", words: "the CPU mode maximum", isUsed: ({ cpu }) => cpu?.mode === "maximum" },
 ];

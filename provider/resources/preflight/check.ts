@@ -1,0 +1,114 @@
+/** The rules without a program: what they say of an image or a package, were it brought to a host as it is. Changes nothing anywhere. */
+import { basename } from "node:path";
+import { DiskError } from "../../errors.ts";
+import type { z } from "zod";
+import { importedDisk } from "../imported-disk.ts";
+import { describeMachine, type MachineDescription } from "../machine-description.ts";
+import type { CheckFailure, Context } from "../resource.ts";
+import type { HostSchema } from "../schema.ts";
+import { virtualMachine } from "../virtual-machine.ts";
+import { deploymentOf } from "./deployment.ts";
+import type { Level } from "./rule.ts";
+
+export interface CheckRequest {
+  /** Path of an image, an OVA or an OVF on this machine. */
+  readonly path: string;
+  readonly host: z.input<typeof HostSchema>;
+  /** Default `default`. */
+  readonly pool?: string | undefined;
+  /** The network that the machine's interfaces are connected to. Default `default`. */
+  readonly network?: string | undefined;
+}
+
+/** Something that was found, in plain JSON. */
+export interface CheckFinding {
+  /** `disk 0`, `machine`. */
+  readonly resource: string;
+  /** undefined where an argument is none at all. */
+  readonly rule?: string | undefined;
+  readonly level: Level;
+  readonly property: string;
+  readonly reason: string;
+}
+
+export interface CheckReport {
+  readonly path: string;
+  /** The worst level among the findings; `ok` when there is none above `info`. */
+  readonly verdict: "ok" | "warn" | "block";
+  /** What would be done: from where, in what form, where to, how much, how long. */
+  readonly plan: readonly string[];
+  readonly findings: readonly CheckFinding[];
+}
+
+/** Who asks: no resource of any stack. */
+const ORIGIN = "virtlift/check/check";
+
+/** Throws nothing that a rule knows; what else the host or the file system throws. */
+export async function checkSource(
+  context: Context,
+  { path, host, pool = "default", network = "default" }: CheckRequest,
+): Promise<CheckReport> {
+  const plan: string[] = [];
+  const findings: CheckFinding[] = [];
+  const listening: Context = { ...context, log: (_level, line) => void (line.includes(" -> ") && plan.push(line)) };
+  const note = (resource: string, origin: string, failures: readonly CheckFailure[]) => {
+    const judgements = deploymentOf(context.hosts).judgementsOf(origin);
+    const judged = judgements.map(({ rule, level, property, reason }) => ({ resource, rule, level, property, reason }));
+    const others = failures.filter(({ reason }) => !judgements.some((judgement) => judgement.reason === reason));
+    findings.push(...judged, ...others.map((failure) => ({ resource, level: "block" as const, ...failure })));
+  };
+
+  const machine = describe(path);
+  const name = machine?.name ?? basename(path).replace(/\.[^.]*$/, "");
+  const disks: object[] = [];
+  for (const source of sourcesOf(path, machine)) {
+    const origin = `${ORIGIN}/${name}-disk${disks.length}`;
+    const { inputs, failures } = await importedDisk.check(listening, undefined, { origin, host, pool, source });
+    note(`disk ${disks.length}`, origin, failures);
+    disks.push({ diskId: inputs.diskId, path: inputs.path, format: inputs.format, pool });
+  }
+  if (machine !== undefined) {
+    const origin = `${ORIGIN}/${name}`;
+    const [boot, ...further] = disks;
+    const networks = machine.networks.map(({ mac, model }) => ({ network, model, mac }));
+    const blanks = machine.disks.flatMap(({ file, sizeBytes, index }) =>
+      file === undefined && sizeBytes !== undefined ? [{ size: sizeBytes, name: `disk${index}`, pool }] : [],
+    );
+    const declared = {
+      origin,
+      host,
+      ...machine.hardware,
+      networks,
+      importedDisk: boot,
+      disks: [...further.map((disk) => ({ disk })), ...blanks],
+    };
+    note("machine", origin, (await virtualMachine.check(listening, undefined, present(declared))).failures);
+  }
+  const levels = new Set(findings.map(({ level }) => level));
+  return { path, verdict: levels.has("block") ? "block" : levels.has("warn") ? "warn" : "ok", plan, findings };
+}
+
+/** undefined for an image alone, and for a package that cannot be read: the check of its disk then says why. */
+function describe(path: string): MachineDescription | undefined {
+  if (!isPackage(path)) return undefined;
+  try {
+    return describeMachine(path);
+  } catch (error) {
+    if (error instanceof DiskError) return undefined;
+    throw error;
+  }
+}
+
+function sourcesOf(path: string, machine: MachineDescription | undefined): readonly object[] {
+  if (!isPackage(path)) return [{ file: path }];
+  return machine?.disks.flatMap(({ file, index }) => (file === undefined ? [] : [{ ova: path, disk: index }])) ?? [{ ova: path }];
+}
+
+function isPackage(path: string): boolean {
+  return /\.(ova|ovf)$/i.test(path);
+}
+
+/** A copy without what is undefined, at any depth. */
+function present(value: object): unknown {
+  return JSON.parse(JSON.stringify(value));
+}
