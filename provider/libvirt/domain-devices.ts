@@ -9,7 +9,7 @@ export interface ObservedDisk {
   readonly device: string;
   /** Absolute path of a file or a block device; undefined for an empty drive and for what is neither. */
   readonly path?: string | undefined;
-  /** `qcow2`, `raw`; undefined where libvirt is left to guess. */
+  /** `qcow2`, `raw`; undefined where libvirt is left to guess, and of an empty drive. */
   readonly format?: string | undefined;
   readonly bus: string;
   /** The name that libvirt knows it by: `vda`. The guest may have another. */
@@ -33,7 +33,8 @@ export interface DiskSpec extends ObservedDisk {
   readonly device: "disk" | "cdrom";
   /** Undefined only for a CD-ROM drive without a medium. */
   readonly path?: string | undefined;
-  readonly format: "qcow2" | "raw";
+  /** Undefined only for such a drive. */
+  readonly format?: "qcow2" | "raw" | undefined;
   readonly bus: "virtio" | "sata" | "scsi" | "ide";
 }
 
@@ -109,10 +110,12 @@ export function parseDisk(disk: XmlElement): ObservedDisk {
   const driver = child(disk, "driver");
   const bootOrder = attribute(child(disk, "boot"), "order");
   const type = attribute(disk, "type");
+  const source = child(disk, "source");
   return {
     device: attribute(disk, "device") ?? "disk",
-    path: type === "file" || type === "block" ? attribute(child(disk, "source"), type === "file" ? "file" : "dev") : undefined,
-    format: attribute(driver, "type"),
+    path: type === "file" || type === "block" ? attribute(source, type === "file" ? "file" : "dev") : undefined,
+    // While a machine runs, libvirt does not show it of an empty drive.
+    format: source && attribute(driver, "type"),
     bus: attribute(target, "bus") ?? "",
     target: attribute(target, "dev") ?? "",
     bootOrder: bootOrder === undefined ? undefined : Number(bootOrder),

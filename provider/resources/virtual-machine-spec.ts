@@ -220,7 +220,7 @@ export function diskSpecs(inputs: MachineInputs): readonly DiskSpec[] {
     ...serving({ ...(disk.device === "disk" && { discard: "unmap" as const }), ...disk }),
     device: disk.device,
     path: disk.path,
-    format: disk.format,
+    format: disk.path === undefined ? undefined : disk.format,
     bus: disk.bus,
     isReadOnly: disk.readOnly || disk.device === "cdrom",
     isShareable: disk.shareable === true ? (true as const) : undefined,

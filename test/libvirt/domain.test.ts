@@ -163,7 +163,7 @@ Object.assign(FIXTURES, {
         isReadOnly: false,
         discard: "unmap",
       },
-      { device: "cdrom", path: undefined, format: "raw", bus: "sata", target: "sda", bootOrder: 2, isReadOnly: true },
+      { device: "cdrom", bus: "sata", target: "sda", bootOrder: 2, isReadOnly: true },
     ],
     interfaces: [
       { type: "direct", source: "eth0", mode: "bridge", mac: "52:54:00:aa:bb:03", model: "virtio", queues: 2, isLinkDown: true },
