@@ -119,6 +119,7 @@ function ours(
     format,
     layout,
     verify,
+    id: VOLUME,
   };
   return {
     name,

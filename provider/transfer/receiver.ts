@@ -1,3 +1,8 @@
+/** The program that the host runs while a disk arrives, and what it needs there. */
+
+/** After this a writer that only waits is taken for dead. Frames are sent from memory, so a live one waits for its source, or for nobody. */
+const SILENCE_SECONDS = 30;
+
 /**
  * The program that runs on the host while a disk arrives: POSIX sh, coreutils and flock, nothing to install.
  *
@@ -17,9 +22,11 @@
  * | `stamp LENGTH`        | keeps the LENGTH bytes that follow beside the part, with its inode  | `ok`                                       |
  * | `guest FORMAT`        | has qemu-img read the part into a raw file beside it                | `data OFFSET LENGTH`..., then `guest SIZE` |
  * | `content OFFSET LENGTH` | hashes a range of what qemu-img read                              | `have OFFSET LENGTH SHA256`                |
+ * | `run LENGTH`          | runs the LENGTH bytes of sh that follow, which fill \$part          | `ok`                                       |
  * | `publish SECONDS`     | sets the time, links the part to the path without overwriting       | `published BYTES-ALLOCATED`, or `exists`   |
  * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
  *
+ * The lock file says whether the program works or waits for its client: one that has waited for SILENCE_SECONDS is killed by the next writer that comes.
  * Whatever fails answers `error SENTENCE` and ends, with exit 0: an answer was given. The lock file is removed at the end of a finished or discarded import, so whoever takes the
  * lock checks that the file he locked is still the one under that name.
  *
@@ -29,7 +36,7 @@ export const RECEIVER = `
 set -u
 umask 077
 work=$1 id=$2 final=$3
-part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp guest=$work/$id.guest
+part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp guest=$work/$id.guest log=$work/$id.log fetched=$work/$id.source job=
 fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 0; }
 if command -v openssl >/dev/null 2>&1; then sha='openssl dgst -sha256 -r'; else sha=sha256sum; fi
 hash() {
@@ -37,18 +44,28 @@ hash() {
   printf 'have %s %s %s\\n' "$2" "$3" "\${digest%% *}"
 }
 [ ! -L "$work" ] || fail "$work is a symbolic link"
+# A writer whose client vanished without a word waits for the next command, or for the rest of a frame, and sshd may take hours to notice.
+reclaim() {
+  read -r state holder <"$lock" && [ "$state" = waiting ] || return
+  now=$(date +%s)
+  for each in "$lock" "$part"; do
+    [ $((now - $(stat -c %Y -- "$each"))) -gt ${SILENCE_SECONDS} ] || return
+  done
+  tr '\\0' '\\n' <"/proc/$holder/cmdline" | grep -qxF -e "$id" || return
+  kill -s KILL -- "-$(cut -d ' ' -f 5 "/proc/$holder/stat")"
+}
 tries=0
 while :; do
   # Another import that ends removes the empty folder. \`command\` keeps the shell alive where the file cannot be made.
   if message=$(mkdir -p -- "$work" 2>&1) && command exec 9>>"$lock"; then
-    flock -n 9 || { echo busy; exit 0; }
+    flock -n 9 || { reclaim 2>/dev/null; echo busy; exit 0; }
     [ "$lock" -ef /dev/fd/9 ] && break
     message="the lock $lock keeps changing"
   fi
   tries=$((tries + 1))
   [ "$tries" -lt 20 ] || fail "\${message:-cannot write $lock}"
 done
-finish() { rm -f -- "$lock" "$guest"; rmdir -- "$work" 2>/dev/null; }
+finish() { rm -f -- "$lock" "$guest" "$log" "$fetched" "$fetched.etag"; rmdir -- "$work" 2>/dev/null; }
 if [ -e "$final" ] || [ -L "$final" ]; then
   # A host that lost its power while it published has both names of the one file.
   if [ "$part" -ef "$final" ]; then rm -f -- "$part" "$journal"; fi
@@ -60,7 +77,10 @@ fi
 rm -f -- "$guest"
 trap 'rm -f -- "$guest"' EXIT
 echo ready
-while IFS=' ' read -r verb first second; do
+idle=waiting
+while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second; do
+  [ "$verb" = write ] || echo working >/dev/fd/9
+  idle=waiting
   case $verb in
   resume)
     if [ -s "$journal" ]; then
@@ -108,6 +128,18 @@ while IFS=' ' read -r verb first second; do
     printf 'guest %s\\n' "$(stat -c %s -- "$guest")" ;;
   content)
     hash "$guest" "$first" "$second" 9>&- </dev/null ;;
+  run)
+    script=$(dd bs=65536 iflag=fullblock,count_bytes count="$first" status=none)
+    (
+      (eval "$script") </dev/null >"$log" 2>&1 &
+      child=$!
+      trap 'kill "$child" 2>/dev/null; exit 0' TERM
+      wait "$child"; status=$?
+      echo "waiting $$" >/dev/fd/9
+      if [ "$status" = 0 ]; then echo ok; else printf 'error %s\\n' "$(tail -n 3 -- "$log" | tr '\\n' ' ')"; fi
+      rm -f -- "$log"
+    ) </dev/null &
+    job=$! idle=working ;;
   publish)
     message=$(chmod 0600 -- "$part" 2>&1 && touch -d "@$first" -- "$part" 2>&1 && sync -- "$part" 2>&1) || fail "$message"
     if message=$(ln -T -- "$part" "$final" 2>&1); then
@@ -123,12 +155,15 @@ while IFS=' ' read -r verb first second; do
     fi ;;
   discard)
     wait
-    rm -f -- "$part" "$journal" "$stamp"
+    rm -f -- "$part" "$journal" "$stamp" "$fetched" "$fetched.etag"
     finish
     echo ok ;;
   *) fail "unknown command $verb" ;;
   esac
 done
+# Whoever asked for it is gone: what still runs must not outlive him with the lock in its hands.
+[ -z "$job" ] || kill "$job" 2>/dev/null
+wait
 `;
 
 /** What the receiver needs on the host, by the names that `command -v` finds. */

@@ -16,6 +16,8 @@ export interface ImportRequest {
   readonly format: "qcow2" | "raw";
   readonly layout: "sparse" | "compressed" | "full";
   readonly verify: "digest" | "content";
+  /** Names the part, so that a later run finds it. */
+  readonly id: string;
 }
 
 export interface ImportReport {
@@ -37,13 +39,13 @@ const startedMs = performance.now();
 const cpuBefore = resourceUsage();
 await using source = await openSource(request.source);
 const { sentBytes } = await importDisk(hosts.open(request.host), source, {
-  id: "bench",
+  id: request.id,
   finalPath: request.finalPath,
   format: request.format,
   layout: request.layout,
   verify: request.verify,
   capacityBytes: source.image.virtualSizeBytes,
-  stamp: (ends) => ({ importId: "bench", ...ends }),
+  stamp: (ends) => ({ importId: request.id, ...ends }),
   signal: new AbortController().signal,
   onProgress: () => {},
 });
