@@ -8,10 +8,10 @@ const parser = new XMLParser({ ignoreAttributes: false, attributeNamePrefix: "",
 /** VIR_DOMAIN_XML_INACTIVE of libvirt-domain.h. */
 const XML_INACTIVE = 2;
 
-/** Names of the machines, running or only defined, that name the path anywhere among their disks, backing chains and mirrors included. */
-export async function domainsUsing(libvirt: Libvirt, path: string): Promise<readonly string[]> {
+/** Names of the machines, running or only defined, that name the path anywhere among their disks, backing chains and mirrors included. `flags` narrow the list. */
+export async function domainsUsing(libvirt: Libvirt, path: string, flags = 0): Promise<readonly string[]> {
   const users: string[] = [];
-  for (const domain of await libvirt.connectListAllDomains()) {
+  for (const domain of await libvirt.connectListAllDomains(flags)) {
     const descriptions = await Promise.all([0, XML_INACTIVE].map((flags) => goneAs(libvirt.domainGetXMLDesc(domain, flags), "")));
     if (descriptions.some((xml) => xml.includes("<disk") && mentions(parser.parse(xml), path))) users.push(domain.name);
   }

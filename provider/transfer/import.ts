@@ -51,19 +51,26 @@ export interface ImportResult {
  * After a cut (client, wire or host) the part stays and the next run goes on with it; after any other failure it is removed.
  */
 export async function importDisk(host: Host, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
-  const { upload } = options;
+  const { upload, signal } = options;
   const writer = randomUUID();
   const open = (): Promise<Part> =>
     upload === undefined ? openPartFile(host, options) : openUpload(host, { ...options, ...upload, writer });
+  return intoPart({ open, path: source.path, signal }, (part) => fill(host, part, source, options));
+}
+
+/** Opens a part, lets `work` make a volume of it, and deals with what its failure leaves as `importDisk` says. `path` is the source's. */
+export async function intoPart<P extends Part>(
+  way: { readonly open: () => Promise<P>; readonly path: string; readonly signal: AbortSignal },
+  work: (part: P) => Promise<ImportResult>,
+): Promise<ImportResult> {
+  const { open, path, signal } = way;
   const part = await open();
   try {
-    return await fill(host, part, source, options);
+    return await work(part);
   } catch (error) {
-    options.signal.throwIfAborted();
+    signal.throwIfAborted();
     const failure =
-      error instanceof ImageError
-        ? new DiskError(`${source.path}: ${error.message}`, { step: "source", path: source.path, cause: error })
-        : error;
+      error instanceof ImageError ? new DiskError(`${path}: ${error.message}`, { step: "source", path, cause: error }) : error;
     // A part that can never become this disk, or that fills the host's file system, helps nobody.
     if (failure instanceof DiskError) await discard(part, open);
     throw failure;

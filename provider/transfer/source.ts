@@ -54,6 +54,10 @@ export interface SourceOptions {
   readonly signal?: AbortSignal | undefined;
   /** How long a web server may be silent. Default 60,000. */
   readonly silenceMs?: number | undefined;
+  /** For a preview: the digest of a whole package is not compared. Default false. */
+  readonly isPreview?: boolean;
+  /** What answers for the declared file and those beside it. Default: this machine, or the URL's server. */
+  readonly folder?: Folder;
 }
 
 /** An open source. Close it with `await using`. */
@@ -78,6 +82,10 @@ export interface StagedOutlook {
   readonly path: string;
   /** The image inside, as far as its first bytes tell; undefined where they do not. */
   readonly image: { readonly format: ImageFormat; readonly variant: string; readonly virtualSizeBytes: number } | undefined;
+  /** What is read of the file as it lies there; undefined where a server does not say. */
+  readonly fileBytes: number | undefined;
+  /** What vouches for the bytes. */
+  readonly expected: Digest | undefined;
   readonly notes: readonly string[];
 }
 
@@ -144,7 +152,7 @@ class Opening {
     this.#spec = spec;
     this.#options = options;
     this.path = shownSource(spec);
-    this.#folder = "url" in spec ? new WebFolder(spec, options) : new LocalFolder(this.path);
+    this.#folder = options.folder ?? ("url" in spec ? new WebFolder(spec, options) : new LocalFolder(this.path));
   }
 
   async close(): Promise<void> {
@@ -158,7 +166,7 @@ class Opening {
     const need = await this.#needOf(file, declared);
     const outer: Ready = need ? await this.#stage(file, need, declared) : { range: file };
     const isPackage = await this.#isPackage(outer.range);
-    if (isPackage && !need && declared) await digestOf(file, declared);
+    if (isPackage && !need && declared && !this.#options.isPreview) await digestOf(file, declared);
     const inside = isPackage ? await this.#unpack(outer.range) : undefined;
     const disk = inside ? await this.#unwrapMember(inside.disk, inside.digest) : outer;
     const resolve = this.#resolver(disk.range, outer.range === file && !inside);
@@ -168,19 +176,20 @@ class Opening {
     const files: SourceFile[] = [];
     for (const { name } of image.files) {
       const range = await resolve(name);
-      const promised = inside
+      const isDisk = name === "";
+      const expected = inside
         ? disk.wrappedDigest === undefined
           ? inside.digest
           : undefined
-        : name === "" && !isCompared
+        : isDisk && !isCompared
           ? declared
           : undefined;
       files.push({
         name: range.name,
         sizeBytes: range.sizeBytes,
         allocatedBytes: range.allocatedBytes,
-        expected: promised,
-        wrappedDigest: name === "" ? disk.wrappedDigest : undefined,
+        expected,
+        wrappedDigest: isDisk ? disk.wrappedDigest : undefined,
         read: (offset, length) => range.read(offset, length),
       });
     }
@@ -243,6 +252,8 @@ class Opening {
     return {
       path: this.path,
       image: await imageAhead(bytes, sizeBytes, isWhole),
+      fileBytes: range.knownSizeBytes,
+      expected: vouched,
       notes: [...this.#notes, `${words}: a temporary copy ${size} lies in ${folder} during the import`, ...(vouched ? [] : [NOT_VOUCHED])],
     };
   }

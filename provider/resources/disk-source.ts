@@ -1,0 +1,184 @@
+/** From what a program declares as a disk's source to something that can be read: on this machine, on a server, or on the host itself. */
+import { posix } from "node:path";
+import { ConnectionError, DiskError, isNotFound, LibvirtError } from "../errors.ts";
+import type { Host } from "../host/hosts.ts";
+import { resolveChecksum } from "../transfer/checksum.ts";
+import { shownUrl } from "../transfer/http.ts";
+import { type HostFile, HostFolder, type HostMode } from "../transfer/on-host.ts";
+import { WORK_FOLDER } from "../transfer/part-file.ts";
+import { lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../transfer/source.ts";
+import { findWrapping } from "../transfer/unwrap.ts";
+import type { DiskInputs } from "./imported-disk.ts";
+import { gatherSource, type SourceFacts } from "./preflight/source-facts.ts";
+import type { Source } from "./schema.ts";
+import { domainsUsing } from "./usage.ts";
+
+/** Where things are kept on this machine, and what stops a long read. */
+export type SourceSettings = Pick<SourceOptions, "scratchFolder" | "signal">;
+
+/** An open source. Where it lies on the host, `onHost` says so: then its bytes stay there. Close it. */
+export interface DeclaredSource {
+  readonly source: OpenSource;
+  readonly onHost: { readonly folder: HostFolder; readonly mode: HostMode } | undefined;
+}
+
+/** What of a declared source decides which bytes it gives: how it is fetched does not. */
+export function sourceIdentity(source: Source): object {
+  if (!("url" in source)) return source;
+  return { url: source.url, ...(source.disk !== undefined && { disk: source.disk }) };
+}
+
+/** A declared source as it may be kept where others read it: without secrets. */
+export function publicSource(source: Source): object {
+  return "url" in source ? { ...sourceIdentity(source), url: shownUrl(source.url) } : source;
+}
+
+/** Opens a source for its import. Throws as `openSource` does; DiskError (step "source") when a source on the host cannot be taken as it is. */
+export async function openDeclared(host: Host, inputs: DiskInputs, settings: SourceSettings): Promise<DeclaredSource> {
+  return open(host, inputs, settings, false);
+}
+
+/**
+ * What a source tells in preview, in seconds whatever its size, or why it cannot be imported. Sizes that only the import will know are 0.
+ * Throws LibvirtError or ConnectionError of the host.
+ */
+export async function previewDeclared(host: Host, inputs: DiskInputs, settings: SourceSettings): Promise<SourceFacts | DiskError> {
+  const { source, checksum } = inputs;
+  try {
+    if (!isOnHost(source)) {
+      const outlook = await lookAhead(source, { ...settings, checksum });
+      if (outlook) {
+        const { path, image, notes, expected, fileBytes = 1 } = outlook;
+        const { format, variant, virtualSizeBytes } = image ?? {
+          format: "raw",
+          variant: "or what its bytes turn out to be",
+          virtualSizeBytes: 0,
+        };
+        const dataBytes = virtualSizeBytes > 0 ? virtualSizeBytes : fileBytes;
+        return {
+          path,
+          format,
+          variant,
+          virtualSizeBytes,
+          dataBytes,
+          fileBytes,
+          digests: [expected],
+          notes,
+          partitions: undefined,
+          packed: undefined,
+        };
+      }
+    }
+    const declared = await open(host, inputs, settings, true);
+    await using opened = declared.source;
+    const facts = await gatherSource(opened);
+    const vouched = checksum !== undefined && facts.digests.length === 1 && facts.digests[0] === undefined;
+    // Of a package as a whole.
+    return vouched ? { ...facts, digests: [await resolveChecksum(checksum, posix.basename(facts.path), settings)] } : facts;
+  } catch (error) {
+    if (error instanceof DiskError) return error;
+    if (error instanceof ConnectionError && ("url" in source || checksum?.startsWith("http"))) {
+      return new DiskError(error.message, { step: "source", path: "url" in source ? shownUrl(source.url) : "", cause: error });
+    }
+    throw error;
+  }
+}
+
+function isOnHost(source: Source): source is Exclude<Source, SourceSpec> {
+  return "hostPath" in source || "volume" in source;
+}
+
+async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, isPreview: boolean): Promise<DeclaredSource> {
+  const { source, checksum } = inputs;
+  if (!isOnHost(source)) return { source: await openSource(source, { ...settings, checksum, isPreview }), onHost: undefined };
+  const mode = "hostPath" in source ? source.mode : "copy";
+  const path = "hostPath" in source ? source.hostPath : await volumePath(host, source.pool ?? inputs.pool, source.volume);
+  const folder = new HostFolder(host, path);
+  const file = await folder.look("");
+  await refuseUsed(host, file, mode);
+  // A block device is its guest's from the first byte on: what looks like a format there is the guest's own.
+  const options = { ...settings, checksum, isPreview, folder, ...(file.kind === "block" && { format: "raw" as const }) };
+  if (file.kind === "file" && (await findWrapping(await folder.file("")))) {
+    throw refusal(path, `${path} on ${host.label} is wrapped, which is only taken off on the machine that runs Pulumi: unpack it there`);
+  }
+  const opened = await openSource({ file: path }, options);
+  try {
+    refuseMode(host, inputs, opened, file, mode);
+    if (mode === "move") await refuseMove(host, inputs, file);
+  } catch (error) {
+    await opened[Symbol.asyncDispose]();
+    throw error;
+  }
+  return { source: opened, onHost: { folder, mode } };
+}
+
+function refusal(path: string, message: string): DiskError {
+  return new DiskError(message, { step: "source", path });
+}
+
+/** The path of a volume, which is a file or a block device. */
+async function volumePath(host: Host, pool: string, volume: string): Promise<string> {
+  const libvirt = await host.libvirt();
+  let path: string;
+  try {
+    path = await libvirt.storageVolGetPath(await libvirt.storageVolLookupByName(await libvirt.storagePoolLookupByName(pool), volume));
+  } catch (error) {
+    const isMissing = isNotFound(error) || (error instanceof LibvirtError && error.code === NO_STORAGE_POOL);
+    if (!isMissing) throw error;
+    throw refusal(volume, `there is no volume ${volume} in the pool ${pool} on ${host.label}: look at virsh vol-list ${pool}`);
+  }
+  if (!path.startsWith("/"))
+    throw refusal(
+      volume,
+      `the volume ${volume} in the pool ${pool} on ${host.label} is no file or device there, but ${path}, which is not read`,
+    );
+  return path;
+}
+
+/** VIR_ERR_NO_STORAGE_POOL of virterror.h. */
+const NO_STORAGE_POOL = 49;
+
+/** VIR_CONNECT_LIST_DOMAINS_ACTIVE of libvirt-domain.h. */
+const LIST_ACTIVE = 1;
+
+/** A running machine writes while a copy is made; what is moved away, any machine would miss. */
+async function refuseUsed(host: Host, file: HostFile, mode: HostMode): Promise<void> {
+  const [user] = await domainsUsing(await host.libvirt(), file.path, mode === "copy" ? LIST_ACTIVE : 0);
+  if (user === undefined) return;
+  const remedy = mode === "copy" ? "stop it first, or its copy is torn" : "undefine it first, or copy the file";
+  throw refusal(file.path, `the machine ${user} on ${host.label} uses ${file.path}: ${remedy}`);
+}
+
+function refuseMode(host: Host, inputs: DiskInputs, { image }: OpenSource, file: HostFile, mode: HostMode): void {
+  const isKept = image.format === "raw" && inputs.format === "raw";
+  if (mode === "copy" && !isKept && !file.hasQemuImg) {
+    throw refusal(file.path, `${host.label} lacks qemu-img, which makes ${inputs.format} of ${file.path}: install qemu-utils`);
+  }
+  if (mode !== "move") return;
+  if (file.kind !== "file") throw refusal(file.path, `${file.path} on ${host.label} is a device, which cannot be moved: copy it`);
+  if (image.format !== inputs.format) {
+    throw refusal(
+      file.path,
+      `${file.path} on ${host.label} is ${image.format} and the volume is to be ${inputs.format}: copy it, or declare the format ${image.format}`,
+    );
+  }
+  if (inputs.layout !== "sparse") throw refusal(file.path, `${file.path} is moved as it is: leave \`layout\` out, or copy it`);
+}
+
+/** One file system, no other name of the file, and no stamp of another import. */
+async function refuseMove(host: Host, inputs: DiskInputs, file: HostFile): Promise<void> {
+  const folder = posix.dirname(inputs.path);
+  const { stdout } = await host.run(["stat", "-c", "%d", "--", folder]);
+  if (stdout.toString("latin1").trim() !== file.device) {
+    throw refusal(file.path, `${file.path} on ${host.label} does not lie on the file system of ${folder}: copy it`);
+  }
+  const part = posix.join(folder, WORK_FOLDER, `${inputs.importId}.part`);
+  const { stdout: own } = await host.run(["sh", "-c", '[ "$1" -ef "$2" ] && echo own; exit 0', "virtlift", file.path, part]);
+  // The other name may be that of our own part, which an interrupted run left.
+  if (file.links > (own.length > 0 ? 2 : 1)) {
+    throw refusal(
+      file.path,
+      `${file.path} on ${host.label} has ${file.links} names (hard links), whose content would change with the volume's: copy it`,
+    );
+  }
+}
