@@ -81,6 +81,56 @@ function* combinations(args: VirtualMachineArgs): Iterable<Finding> {
       yield { property: `networks[${index}].model`, sentence };
     }
   }
+  yield* sizeCombinations(args);
+  yield* servingCombinations(args);
+  if (args.loader && args.firmware === "bios") yield { property: "loader", sentence: 'a loader is of UEFI: set `firmware: "uefi"` too' };
+  if (args.hyperv && args.domainType === "qemu")
+    yield { property: "hyperv", sentence: "Hyper-V's enlightenments need KVM: leave `hyperv` out, or take another `domainType`" };
   if (args.domainType === "qemu" && args.cpu?.mode === "host-passthrough")
     yield { property: "cpu.mode", sentence: 'host-passthrough needs KVM: take "maximum", or another `domainType`' };
+}
+
+function* sizeCombinations(args: VirtualMachineArgs): Iterable<Finding> {
+  const { vcpus, maxVcpus = vcpus, memoryMiB, maxMemoryMiB = memoryMiB, cpuTopology: topology } = args;
+  if (vcpus > maxVcpus)
+    yield { property: "maxVcpus", sentence: `the machine is to have ${vcpus} CPUs, more than its ${maxVcpus} at most: give it more` };
+  if (memoryMiB > maxMemoryMiB)
+    yield {
+      property: "maxMemoryMiB",
+      sentence: `the machine is to have ${memoryMiB} MiB, more than its ${maxMemoryMiB} at most: give it more`,
+    };
+  if (maxMemoryMiB > memoryMiB && args.ballooning === false)
+    yield {
+      property: "ballooning",
+      sentence: "memory below `maxMemoryMiB` is given by the balloon: leave `ballooning` on, or `maxMemoryMiB` out",
+    };
+  if (topology && topology.sockets * topology.cores * topology.threads !== maxVcpus) {
+    const { sockets, cores, threads } = topology;
+    const sentence = `${sockets} sockets with ${cores} cores of ${threads} threads are ${sockets * cores * threads} CPUs, and the machine has ${maxVcpus} at most: make them the same`;
+    yield { property: "cpuTopology", sentence };
+  }
+  for (const vcpu of Object.keys(args.cpuPinning ?? {})) {
+    if (Number(vcpu) >= maxVcpus)
+      yield { property: `cpuPinning.${vcpu}`, sentence: `the machine has no CPU ${vcpu}: they are numbered from 0 to ${maxVcpus - 1}` };
+  }
+}
+
+function* servingCombinations(args: VirtualMachineArgs): Iterable<Finding> {
+  const orders = new Map([[args.bootDisk?.bootOrder ?? 1, "bootDisk"]]);
+  const served = [
+    { property: "bootDisk", disk: args.bootDisk ?? {} },
+    ...args.disks.map((disk, index) => ({ property: `disks[${index}]`, disk })),
+  ];
+  for (const [index, { property, disk }] of served.entries()) {
+    if (disk.io === "native" && disk.cache !== "none" && disk.cache !== "directsync")
+      yield { property: `${property}.io`, sentence: '"native" goes past the host\'s cache: set `cache: "none"` too' };
+    const other = disk.bootOrder === undefined || index === 0 ? undefined : orders.get(disk.bootOrder);
+    if (other !== undefined)
+      yield { property: `${property}.bootOrder`, sentence: `${other} has the place ${disk.bootOrder} already: choose another` };
+    if (disk.bootOrder !== undefined) orders.set(disk.bootOrder, property);
+  }
+  for (const [index, { shareable, format, size }] of args.disks.entries()) {
+    if (shareable && format !== "raw" && (format !== undefined || size !== undefined))
+      yield { property: `disks[${index}].shareable`, sentence: 'only a raw disk can be shared: set `format: "raw"`' };
+  }
 }

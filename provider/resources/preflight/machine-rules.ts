@@ -397,10 +397,10 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
   {
     id: "virtlift/bios-disk-on-uefi",
     level: "block",
-    summary: "The boot disk has no EFI system partition, and the machine boots by UEFI.",
+    summary: "The boot disk has neither an EFI system partition nor another with FAT, and the machine boots by UEFI.",
     remedy: 'Set `firmware: "bios"`.',
     test: ({ boot, inputs }) =>
-      inputs.firmware === "uefi" && boot?.partitions && boot.partitions.table !== "none" && !boot.partitions.hasEfiSystemPartition
+      inputs.firmware === "uefi" && boot?.partitions && boot.partitions.table !== "none" && !startsByUefi(boot.partitions)
         ? [
             {
               property: "firmware",
@@ -419,7 +419,7 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
       const packed = boot?.packed?.package.system.firmware;
       if (packed === undefined || !boot?.partitions) return [];
       const had = packed === "efi" ? "uefi" : "bios";
-      const canStart = had === "uefi" ? startsByBios(boot.partitions, packed) : boot.partitions.hasEfiSystemPartition;
+      const canStart = had === "uefi" ? startsByBios(boot.partitions, packed) : startsByUefi(boot.partitions);
       if (had === inputs.firmware || !canStart) return [];
       return [
         {
@@ -553,6 +553,13 @@ function inWords(version: number): string {
 /** GRUB's partition, or boot code on a disk whose machine was not known to be UEFI: Windows leaves code in the MBR of disks that only UEFI starts. */
 function startsByBios(partitions: PartitionTable, packedFirmware: "bios" | "efi" | undefined): boolean {
   return partitions.hasBootCode && (partitions.hasBiosBootPartition || packedFirmware !== "efi");
+}
+
+/** Partitions that may hold FAT: OVMF starts EFI/BOOT/BOOTX64.EFI from any of them. Sources: the MBR's type list; UEFI 2.10, section 3.5; "basic data" of GPT. */
+const FAT_TYPES: ReadonlySet<string> = new Set(["01", "04", "06", "0b", "0c", "0e", "ebd0a0a2-b9e5-4433-87c0-68b6b72699c7"]);
+
+function startsByUefi({ hasEfiSystemPartition, partitions }: PartitionTable): boolean {
+  return hasEfiSystemPartition || partitions.some(({ type }) => FAT_TYPES.has(type));
 }
 
 /** Windows by the words of the package: VMware's `windows2019srv_64Guest`, `winXPProGuest`; VirtualBox's `Windows2019_64`. `old` is before Vista: no AHCI. */

@@ -1,0 +1,54 @@
+/** What tests of the preflight share: a deployment of its own over real hosts, whose log lines can be read. */
+import { homedir, userInfo } from "node:os";
+import { createHosts } from "../../../provider/host/open.ts";
+import { type DiskInputs, type DiskState, importedDisk } from "../../../provider/resources/imported-disk.ts";
+import type { CheckFailure, Context } from "../../../provider/resources/resource.ts";
+import type { MachineInputs } from "../../../provider/resources/virtual-machine-spec.ts";
+import { type MachineState, virtualMachine } from "../../../provider/resources/virtual-machine.ts";
+
+export interface Desk extends AsyncDisposable {
+  readonly context: Context;
+  /** `level: text`, as they came. */
+  readonly lines: readonly string[];
+  checkDisk(name: string, args: object): Promise<{ readonly inputs: DiskInputs; readonly failures: readonly CheckFailure[] }>;
+  checkMachine(name: string, args: object): Promise<{ readonly inputs: MachineInputs; readonly failures: readonly CheckFailure[] }>;
+  createDisk(inputs: DiskInputs): Promise<DiskState>;
+  createMachine(inputs: MachineInputs): Promise<MachineState>;
+}
+
+/** Opens a deployment. `config` is the stack's configuration by full key; `host` is declared of every resource. */
+export function openDesk(host: unknown, config: Readonly<Record<string, string>> = {}): Desk {
+  const hosts = createHosts({
+    environment: process.env,
+    homeDirectory: homedir(),
+    userName: userInfo().username,
+    userId: process.getuid!(),
+  });
+  const lines: string[] = [];
+  const context: Context = {
+    config: (key) => config[key],
+    log: (level, text) => void lines.push(`${level}: ${text}`),
+    signal: new AbortController().signal,
+    hosts,
+  };
+  const declare = (name: string, args: object) => ({ host, origin: `acme/shop/prod/${name}`, ...args });
+  return {
+    context,
+    lines,
+    checkDisk: (name, args) => importedDisk.check(context, undefined, declare(name, args)),
+    checkMachine: (name, args) => virtualMachine.check(context, undefined, declare(name, args)),
+    createDisk: async (inputs) => (await importedDisk.create(context, inputs)).state,
+    createMachine: async (inputs) => (await virtualMachine.create(context, inputs)).state,
+    [Symbol.asyncDispose]: () => hosts.close(),
+  };
+}
+
+/** The ids of the rules that the failures are of, in order. */
+export function rulesOf(failures: readonly CheckFailure[]): readonly string[] {
+  return failures.map(({ reason }) => /\((virtlift\/[a-z0-9-]+)\)$/.exec(reason)?.[1] ?? reason);
+}
+
+/** Settings that waive the rules. */
+export function waive(...rules: readonly string[]): { readonly preflight: object } {
+  return { preflight: Object.fromEntries(rules.map((rule) => [rule, { level: "warn", reason: "a test looks at what happens then" }])) };
+}
