@@ -22,7 +22,7 @@ const SILENCE_SECONDS = 30;
  * | `stamp LENGTH`        | keeps the LENGTH bytes that follow beside the part, with its inode  | `ok`                                       |
  * | `guest FORMAT`        | has qemu-img read the part into a raw file beside it                | `data OFFSET LENGTH`..., then `guest SIZE` |
  * | `content OFFSET LENGTH` | hashes a range of what qemu-img read                              | `have OFFSET LENGTH SHA256`                |
- * | `run LENGTH`          | runs the LENGTH bytes of sh that follow, which fill \$part          | `ok`                                       |
+ * | `run LENGTH`          | runs the LENGTH bytes of sh that follow, which fill `$part`         | `ok`                                       |
  * | `publish SECONDS`     | sets the time, links the part to the path without overwriting       | `published BYTES-ALLOCATED`, or `exists`   |
  * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
  *
