@@ -19,7 +19,7 @@ import { Journal, type JournalRecord, type Made, type MachineStanding, type Mach
 import { isGone } from "./locks.ts";
 import { type BatchMachine, type Manifest, parseManifest } from "./manifest.ts";
 import { type BatchPlan, type Finding, planBatch, type Previewed } from "./plan.ts";
-import { readSecret } from "./program.ts";
+import { readSecret } from "./secrets.ts";
 import { Workers } from "./workers.ts";
 
 const MAX_DELAY_SECONDS = 300;

@@ -5,6 +5,8 @@ import { z } from "zod";
 import type { DeclaredHost, MachineDeclaration } from "./job.ts";
 
 const MAX_MANIFEST_BYTES = 8 * 1024 * 1024;
+/** What aliases may unfold to, times what they are written as: a few lines can ask for more memory than there is. */
+const MAX_ALIASES = 1000;
 
 const NameSchema = z
   .string()
@@ -176,15 +178,24 @@ export function parseManifest(text: string, path: string): Manifest {
       path,
       document.errors.map(({ pos, message }) => at(pos[0], message)),
     );
-  const parsed = ManifestSchema.safeParse(document.toJS({ maxAliasCount: 1000 }));
+  const parsed = ManifestSchema.safeParse(valuesOf(document, path));
   if (!parsed.success)
     throw new ManifestError(
       path,
-      parsed.error.issues.map((issue) => at(offsetOf(document, issue), sentenceOf(issue))),
+      parsed.error.issues.flatMap(innermost).map((issue) => at(offsetOf(document, issue), sentenceOf(issue))),
     );
   const findings = referenceFindings(parsed.data).map(({ keys, text: problem }) => at(offsetAt(document, keys), problem));
   if (findings.length > 0) throw new ManifestError(path, findings);
   return resolve(parsed.data, path);
+}
+
+function valuesOf(document: Document, path: string): unknown {
+  try {
+    return document.toJS({ maxAliasCount: MAX_ALIASES });
+  } catch (error) {
+    // ReferenceError: too many aliases, or one of nothing.
+    throw new ManifestError(path, [{ line: 1, column: 1, text: error instanceof Error ? error.message : String(error) }]);
+  }
 }
 
 /** The JSON Schema of a manifest, for editors. */
@@ -194,6 +205,15 @@ export function manifestJsonSchema(): object {
 
 type Issue = z.core.$ZodIssue;
 type Keys = readonly PropertyKey[];
+
+/** Of a value that may be one of several shapes, what is wrong with it as the shape that it comes closest to: the one whose issues lie deepest. */
+function innermost(issue: Issue): readonly Issue[] {
+  if (issue.code !== "invalid_union" || issue.message !== "Invalid input") return [issue];
+  const depth = (issues: readonly Issue[]): number => Math.max(0, ...issues.map(({ path }) => path.length));
+  const [closest] = issue.errors.toSorted((a, b) => depth(b) - depth(a));
+  if (closest === undefined || depth(closest) === 0) return [issue];
+  return closest.flatMap((inner) => innermost({ ...inner, path: [...issue.path, ...inner.path] }));
+}
 
 /** Where the issue is: the key that is too much, the value that is wrong, or what holds the one that is missing. */
 function offsetOf(document: Document, issue: Issue): number {

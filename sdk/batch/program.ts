@@ -1,10 +1,10 @@
 /** The program of each stack of a batch: one machine from its declaration. */
-import { readFileSync } from "node:fs";
 import { ImportedDisk, type ImportedDiskArgs } from "../imported-disk.ts";
 import { MigratedMachine, type MigratedMachineArgs } from "../migrated-machine.ts";
 import type { Host } from "../values.ts";
 import { VirtualMachine, type VirtualMachineArgs } from "../virtual-machine.ts";
-import type { DeclaredHost, Job, SecretPlace } from "./job.ts";
+import type { DeclaredHost, Job } from "./job.ts";
+import { readSecret } from "./secrets.ts";
 
 /** Declares the job's machine. What the manifest's maps hold is checked by the classes and by the provider, like that of any program. */
 export function declareMachine({ stack, declaration, description }: Job): void {
@@ -45,18 +45,6 @@ function hostOf({ passphrase, password, ...open }: DeclaredHost): Host {
     ...(passphrase !== undefined && { passphrase: readSecret(passphrase) }),
     ...(password !== undefined && { password: readSecret(password) }),
   };
-}
-
-/** Throws Error naming the place when there is no secret. */
-export function readSecret(place: SecretPlace): string {
-  const secret = "env" in place ? process.env[place.env] : readFileSync(place.file, "utf8").replace(/\r?\n$/, "");
-  if (secret === undefined || secret === "")
-    throw new Error(
-      "env" in place
-        ? `the environment variable ${place.env} is to hold a secret, and is not set`
-        : `${place.file} is to hold a secret, and is empty`,
-    );
-  return secret;
 }
 
 function present<Value extends object>(value: Value): Partial<Value> {
