@@ -6,6 +6,8 @@ import { DiskError, isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { formatBytes, formatSaving, formatSeconds, tellProgress } from "../transfer/progress.ts";
 import { importDisk, type ImportOptions } from "../transfer/import.ts";
+import { removeLeftover } from "../transfer/leftovers.ts";
+import { WORK_FOLDER } from "../transfer/part-file.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
 import { importOnHost } from "../transfer/on-host.ts";
 import { refreshPool } from "../transfer/volume.ts";
@@ -13,6 +15,7 @@ import { configuredHost, daemonOf, openHost } from "./connect.ts";
 import { openDeclared, publicSource, sourceIdentity, type SourceSettings } from "./disk-source.ts";
 import { parseArgs } from "./parse.ts";
 import { lookAtPlace } from "./place.ts";
+import { machinesReaching } from "./file-users.ts";
 import { HOST_RULES } from "./preflight/argument-rules.ts";
 import { DISK_CHANGE_RULES, type DiskChange } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
@@ -22,6 +25,7 @@ import { changing, factsOf } from "./preflight/host-facts.ts";
 import { conclude, failuresOf, judgeTrouble, settingsOf, type Subject, tell } from "./preflight/preflight.ts";
 import { judge } from "./preflight/rule.ts";
 import type { Context, PropertyChange, Resource } from "./resource.ts";
+import { activePool } from "./pool.ts";
 import { ImportedDiskSchema } from "./schema.ts";
 import { UNKNOWN } from "./unknown.ts";
 import { domainsUsing, volumesBackedBy } from "./usage.ts";
@@ -106,9 +110,10 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
     deploymentOf(context.hosts).declareDisk({ ...olds, origin: args.origin, daemon: daemonOf(args.host), neededBytes: 0 });
     return { inputs: { ...args, ...identityOf(olds) }, failures: unset };
   }
-  const diskId = args.name ?? `${fileName(args.origin)}-${declaration.slice(0, 8)}`;
-  const volumeName = `${diskId}.${args.format}`;
   const importId = hash(JSON.stringify([args.origin, declaration])).slice(0, 32);
+  // Of the import, not of the declaration: stacks and resources that declare the same do not meet at one path.
+  const diskId = args.name ?? `${fileName(args.origin)}-${importId.slice(0, 8)}`;
+  const volumeName = `${diskId}.${args.format}`;
   const placed: DiskInputs = { ...args, declaration, importId, diskId, volumeName, path: `/${volumeName}` };
   try {
     const host = openHost(context, args.host);
@@ -123,7 +128,7 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
     const facts = await gatherDisk(host, inputs, deployment, sourceSettings(context));
     deployment.declareDisk(declaredDisk(facts));
     // Published by an earlier run that did not live to say so: nothing is read or copied any more.
-    const isFinished = facts.place.file?.stamp?.importId === importId;
+    const isFinished = isFinishedBy(importId, facts.place.file) && facts.users.length === 0;
     const judgements = [...refused, ...(isFinished ? [] : judge(DISK_RULES, facts, settings))];
     const found = [...unset, ...conclude(context, subjectOf(inputs), judgements)];
     if (found.length === 0 && !isFinished) await tellPlan(context, host, facts);
@@ -223,9 +228,10 @@ function sourceSettings(context: Context): SourceSettings {
 type Outputs = Omit<DiskState, keyof DiskInputs>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
-  const { file, pool, uploadReason } = await lookAtPlace(host, inputs);
-  const finished = file?.stamp?.importId === inputs.importId ? outputsOf(file.stamp, file) : undefined;
+  const { file, pool, uploadReason, partBytes } = await lookAtPlace(host, inputs);
+  const finished = isFinishedBy(inputs.importId, file) ? outputsOf(file.stamp, file) : undefined;
   if (finished) {
+    if (uploadReason === undefined && partBytes > 0) await removeLeftover(host, { id: inputs.importId, path: partPath(inputs) });
     context.log("info", `${inputs.diskId}: ${inputs.path} on ${host.label} was finished by an earlier run`);
     return finished;
   }
@@ -273,6 +279,18 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
   };
 }
 
+/**
+ * Whether a file is what an earlier run of this import published and did not live to say so. One that was written since has a machine, which may be
+ * that of another stack by the same names: it is somebody's, and is not taken.
+ */
+function isFinishedBy(importId: string, file: VolumeFile | undefined): file is VolumeFile & { readonly stamp: Stamp } {
+  return file?.stamp?.importId === importId && file.untouched !== false;
+}
+
+function partPath({ path, importId }: DiskInputs): string {
+  return posix.join(posix.dirname(path), WORK_FOLDER, `${importId}.part`);
+}
+
 /** The outputs of a volume that an earlier run published, from its stamp; undefined when the stamp does not tell them. */
 function outputsOf(stamp: Stamp, file: VolumeFile): Outputs | undefined {
   const { virtualSizeBytes, sourceDigest, contentDigest } = stamp as { [key: string]: unknown };
@@ -285,6 +303,7 @@ async function read(context: Context, id: string, state: DiskState) {
   const host = openHost(context, state.host);
   const libvirt = await host.libvirt();
   const pool = await libvirt.storagePoolLookupByName(state.pool);
+  await assertNotMoved(host, state);
   try {
     await libvirt.storageVolLookupByName(pool, state.volumeName);
     const { file } = await lookAtPlace(host, state);
@@ -304,6 +323,16 @@ function inputsOf(state: DiskState): DiskInputs {
   return inputs;
 }
 
+/** A pool of the same name in another folder says nothing about the disk, and a volume of the same name in it is another one. */
+async function assertNotMoved(host: Host, { pool: name, path, volumeName }: DiskState): Promise<void> {
+  const pool = await activePool(host, name);
+  if (posix.join(pool.path, volumeName) === path) return;
+  throw new DiskError(
+    `the pool ${name} on ${host.label} lies in ${pool.path} now, and ${path} was imported when it lay elsewhere: let the pool lead there again, or run pulumi state delete`,
+    { step: "publish", path },
+  );
+}
+
 /** Nothing on the host changes: what would change the disk replaces it. */
 async function update(_context: Context, _id: string, olds: DiskState, news: DiskInputs): Promise<DiskState> {
   const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, isUploaded } = olds;
@@ -316,8 +345,11 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
     context.log("info", `${state.diskId}: ${state.path} stays on ${host.label}, as \`onDelete: "retain"\` says`);
     return;
   }
+  await assertNotMoved(host, state);
   const { file, uploadReason } = await lookAtPlace(host, state);
   const libvirt = await host.libvirt();
+  // First, so that libvirt knows the overlays that were made since.
+  const pool = await refreshPool(libvirt, state.pool);
   if (file) {
     if (!isOurs(file, state)) {
       throw new DiskError(
@@ -328,10 +360,14 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
         },
       );
     }
-    const users = [...(await domainsUsing(libvirt, state.path)), ...(await volumesBackedBy(libvirt, state.pool, state.path))];
-    if (users.length > 0) {
+    const users = new Set([
+      ...(await domainsUsing(libvirt, state.path)),
+      ...(uploadReason === undefined ? await machinesReaching(host, state.path) : []),
+      ...(await volumesBackedBy(libvirt, state.pool, state.path)),
+    ]);
+    if (users.size > 0) {
       throw new DiskError(
-        `${state.path} on ${host.label} is in use by ${users.join(", ")} and is not deleted: remove them first, or set \`onDelete: "retain"\``,
+        `${state.path} on ${host.label} is in use by ${[...users].join(", ")} and is not deleted: remove them first, or set \`onDelete: "retain"\``,
         {
           step: "publish",
           path: state.path,
@@ -339,7 +375,6 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
       );
     }
   }
-  const pool = await refreshPool(libvirt, state.pool);
   try {
     await libvirt.storageVolDelete(await libvirt.storageVolLookupByName(pool, state.volumeName));
   } catch (error) {

@@ -89,6 +89,8 @@ interface PoolXml {
 }
 
 function describe(xml: string): { readonly type: string; readonly path: string; readonly device: string | undefined } {
-  const { pool } = new XMLParser({ ignoreAttributes: false, parseTagValue: false }).parse(xml) as { readonly pool?: PoolXml };
+  const { pool } = new XMLParser({ ignoreAttributes: false, parseTagValue: false, trimValues: false }).parse(xml) as {
+    readonly pool?: PoolXml;
+  };
   return { type: pool?.["@_type"] ?? "", path: pool?.target?.path ?? "", device: pool?.source?.device?.["@_path"] };
 }

@@ -55,6 +55,6 @@ export async function listLeftovers(host: Host, folder: string): Promise<readonl
 }
 
 /** Removes a part that nobody writes. Throws CommandError when somebody does by now. */
-export async function removeLeftover(host: Host, leftover: Leftover): Promise<void> {
+export async function removeLeftover(host: Host, leftover: Pick<Leftover, "id" | "path">): Promise<void> {
   await host.run(["sh", "-c", REMOVE, "virtlift", posix.dirname(leftover.path), leftover.id]);
 }

@@ -1,6 +1,6 @@
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync, statSync } from "node:fs";
-import { appendFile, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { appendFile, link, mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -257,6 +257,105 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is in use by overlay.qcow2/);
       await libvirtd.virsh("vol-delete", "--pool", "default", "overlay.qcow2");
       await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("is not deleted while a machine reaches it by another name, or by a file that is based on it", async () => {
+      await using caller = await open();
+      const { directory } = libvirtd;
+      const [real, alias] = [join(directory, "real"), join(directory, "alias")];
+      await mkdir(real, { mode: 0o711 });
+      await symlink(real, alias);
+      await libvirtd.virsh("pool-create-as", "linked", "dir", "--target", alias);
+      const state = await caller.create("web", { pool: "linked" });
+      const hops = ["first.qcow2", "second.qcow2"].map((name) => join(directory, name));
+      await qemuImg("create", "-f", "qcow2", "-b", "real/" + state.volumeName, "-F", "qcow2", hops[0]!);
+      await qemuImg("create", "-f", "qcow2", "-b", "first.qcow2", "-F", "qcow2", hops[1]!);
+      const domain = join(caller.directory, "domain.xml");
+      for (const path of [join(real, state.volumeName), hops[1]!]) {
+        const disk = `<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='${path}'/><target dev='sda' bus='sata'/></disk>`;
+        const other = disk.replace(path, "/nowhere").replace("sda", "sdb");
+        await writeFile(
+          domain,
+          `<domain type='qemu'><name>user</name><memory>65536</memory><os><type arch='x86_64'>hvm</type></os><devices>${other}${disk}</devices></domain>`,
+        );
+        await libvirtd.virsh("define", domain);
+        await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is in use by user and is not deleted/);
+        await libvirtd.virsh("undefine", "user");
+      }
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(real)).toEqual([]);
+      await libvirtd.virsh("pool-destroy", "linked");
+      await Promise.all(hops.map((path) => rm(path)));
+    });
+
+    it("is neither gone nor deleted when its pool leads to another folder", async () => {
+      await using caller = await open();
+      const folders = ["old", "new"].map((name) => join(libvirtd.directory, name));
+      await Promise.all(folders.map((folder) => mkdir(folder, { mode: 0o711 })));
+      await libvirtd.virsh("pool-create-as", "moving", "dir", "--target", folders[0]!);
+      const state = await caller.create("web", { pool: "moving" });
+      await libvirtd.virsh("pool-destroy", "moving");
+      await libvirtd.virsh("pool-create-as", "moving", "dir", "--target", folders[1]!);
+      const theirs = join(folders[1]!, state.volumeName);
+      for (const content of [undefined, "somebody's"]) {
+        if (content !== undefined) await writeFile(theirs, content);
+        await expect(importedDisk.read(caller.context, state.diskId, state)).rejects.toThrow(/was imported when it lay elsewhere/);
+        await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/was imported when it lay elsewhere/);
+      }
+      expect(await readFile(theirs, "utf8")).toBe("somebody's");
+      expect(await readdir(folders[0]!)).toEqual([state.volumeName]);
+      await libvirtd.virsh("pool-destroy", "moving");
+    });
+
+    it("is not taken by another stack of the same names once it was written", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      await appendFile(state.path, "by the guest of a colleague");
+      const { inputs, failures } = await caller.check("web");
+      expect(failures).toEqual([{ property: "name", reason: expect.stringMatching(/exists on this machine and is not overwritten/) }]);
+      await expect(importedDisk.create(caller.context, inputs)).rejects.toThrow(/exists on this machine and is not overwritten/);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("lies beside one of another stack that declares the same", async () => {
+      await using caller = await open();
+      const one = await caller.create("web");
+      const other = await caller.create("web", { origin: "organization/project/production/web" });
+      expect(other.path).not.toBe(one.path);
+      expect(other.declaration).toBe(one.declaration);
+      for (const state of [one, other]) await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("lies in the folder of its pool, whatever that is called", async () => {
+      await using caller = await open();
+      const folder = join(libvirtd.directory, ` it's "odd" & <b> $(touch x) `);
+      await mkdir(folder, { mode: 0o711 });
+      const definition = join(caller.directory, "pool.xml");
+      const target = folder.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+      await writeFile(definition, `<pool type='dir'><name>an odd pool</name><target><path>${target}</path></target></pool>`);
+      await libvirtd.virsh("pool-create", definition);
+      const state = await caller.create("web", { pool: "an odd pool", format: "raw" });
+      expect(state.isUploaded).toBeUndefined();
+      expect(await readdir(folder)).toContain(state.volumeName);
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(folder)).toEqual([]);
+      await libvirtd.virsh("pool-destroy", "an odd pool");
+    });
+
+    it("has nothing beside it when the host lost its power right after the publication", async () => {
+      await using caller = await open();
+      for (const format of ["qcow2", "raw"]) {
+        const state = await caller.create("web", { format });
+        const work = join(libvirtd.poolPath, WORK_FOLDER);
+        await mkdir(work, { recursive: true });
+        await link(state.path, join(work, `${state.importId}.part`));
+        await writeFile(join(work, `${state.importId}.journal`), "0 4096\n");
+        const again = await caller.create("web", { format });
+        expect(again).toEqual(state);
+        expect(await readdir(libvirtd.poolPath)).toEqual(format === "raw" ? [WORK_FOLDER, state.volumeName] : [state.volumeName]);
+        await importedDisk.delete(caller.context, again.diskId, again);
+        expect(await readdir(libvirtd.poolPath)).toEqual([]);
+      }
     });
 
     it("deletes only the file that it made", async () => {
