@@ -3,10 +3,14 @@ import { posix } from "node:path";
 import { ConnectionError, DiskError, isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { resolveChecksum } from "../transfer/checksum.ts";
-import { shownUrl } from "../transfer/http.ts";
+import { ImageError } from "../image/parser.ts";
+import { isTar } from "../image/tar.ts";
+import { wrappingOf } from "../image/wrapping.ts";
+import { fetchOnHost, lookFromHost } from "../transfer/host-fetch.ts";
+import { shownUrl, urlFileName } from "../transfer/http.ts";
 import { type HostFile, HostFolder, type HostMode } from "../transfer/on-host.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
-import { lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../transfer/source.ts";
+import { imageAhead, lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../transfer/source.ts";
 import { findWrapping } from "../transfer/unwrap.ts";
 import type { DiskInputs } from "./imported-disk.ts";
 import { gatherSource, type SourceFacts } from "./preflight/source-facts.ts";
@@ -45,6 +49,7 @@ export async function openDeclared(host: Host, inputs: DiskInputs, settings: Sou
 export async function previewDeclared(host: Host, inputs: DiskInputs, settings: SourceSettings): Promise<SourceFacts | DiskError> {
   const { source, checksum } = inputs;
   try {
+    if (isFetchedByHost(source)) return await previewFetch(host, source, checksum, settings);
     if (!isOnHost(source)) {
       const outlook = await lookAhead(source, { ...settings, checksum });
       if (outlook) {
@@ -84,12 +89,53 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
   }
 }
 
+function isFetchedByHost(source: Source): source is Extract<Source, { readonly url: string }> {
+  return "url" in source && source.fetch === "host";
+}
+
+/** What the host sees of what it would fetch. */
+async function previewFetch(
+  host: Host,
+  source: Extract<Source, { readonly url: string }>,
+  checksum: string | undefined,
+  settings: SourceSettings,
+): Promise<SourceFacts> {
+  const path = shownUrl(source.url);
+  const { head, sizeBytes } = await lookFromHost(host, source);
+  const wrapping = wrappingOf(head);
+  const other = wrapping ? `is wrapped in ${wrapping}` : isTar(head) ? "is an OVA" : undefined;
+  if (other !== undefined)
+    throw refusal(path, `${path} ${other}, which is only taken apart on this machine: let it fetch (\`fetch: "client"\`)`);
+  const image = await imageAhead(head, sizeBytes, sizeBytes === head.length).catch((error: unknown) => {
+    throw error instanceof ImageError ? new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error }) : error;
+  });
+  const digest = checksum === undefined ? undefined : await resolveChecksum(checksum, urlFileName(source.url), settings);
+  const { format, variant, virtualSizeBytes } = image ?? UNKNOWN_IMAGE;
+  return {
+    path,
+    format,
+    variant,
+    virtualSizeBytes,
+    dataBytes: sizeBytes ?? 1,
+    fileBytes: sizeBytes ?? 1,
+    digests: [digest],
+    notes: [`${host.label} fetches it itself, into the pool's file system, and removes that copy afterwards`],
+    partitions: undefined,
+    packed: undefined,
+  };
+}
+
+/** What only the import will know. */
+const UNKNOWN_IMAGE = { format: "raw", variant: "or what its bytes turn out to be", virtualSizeBytes: 0 } as const;
+
 function isOnHost(source: Source): source is Exclude<Source, SourceSpec> {
   return "hostPath" in source || "volume" in source;
 }
 
 async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, isPreview: boolean): Promise<DeclaredSource> {
-  const { source, checksum } = inputs;
+  const { source } = inputs;
+  if (isFetchedByHost(source)) return openFetched(host, inputs, source, settings);
+  const { checksum } = inputs;
   if (!isOnHost(source)) return { source: await openSource(source, { ...settings, checksum, isPreview }), onHost: undefined };
   const mode = "hostPath" in source ? source.mode : "copy";
   const path = "hostPath" in source ? source.hostPath : await volumePath(host, source.pool ?? inputs.pool, source.volume);
@@ -110,6 +156,30 @@ async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, is
     throw error;
   }
   return { source: opened, onHost: { folder, mode } };
+}
+
+/** What the host has fetched, as a source of its own. */
+async function openFetched(
+  host: Host,
+  inputs: DiskInputs,
+  source: Extract<Source, { readonly url: string }>,
+  settings: SourceSettings,
+): Promise<DeclaredSource> {
+  const { checksum, importId: id, path: finalPath } = inputs;
+  const digest = checksum === undefined ? undefined : await resolveChecksum(checksum, urlFileName(source.url), settings);
+  const path = await fetchOnHost(host, source, { id, finalPath, signal: settings.signal ?? new AbortController().signal });
+  const folder = new HostFolder(host, path);
+  const opened = await openSource(
+    { file: path },
+    { ...settings, ...(digest && { checksum: `${digest.algorithm}:${digest.hex}` }), folder },
+  );
+  try {
+    refuseMode(host, inputs, opened, await folder.look(""), "copy");
+  } catch (error) {
+    await opened[Symbol.asyncDispose]();
+    throw error;
+  }
+  return { source: opened, onHost: { folder, mode: "copy" } };
 }
 
 function refusal(path: string, message: string): DiskError {

@@ -110,7 +110,9 @@ const UrlSourceSchema = z.strictObject({
       z.string().regex(/^[\t\x20-\x7e]*$/, "a header's value is one line of ASCII"),
     )
     .optional(),
-  /** Path of a PEM file with certificates of authorities that are trusted besides the system's. */
+  /** Who fetches: `client` (default) the machine that runs Pulumi, `host` the host by its own curl, which trusts what its system trusts. An OVA, and what is wrapped, takes the client. */
+  fetch: z.enum(["client", "host"]).default("client"),
+  /** Path of a PEM file with certificates of authorities that are trusted besides the system's; for the client only. */
   caFile: z.string().min(1).optional(),
 });
 const HostPathSourceSchema = z.strictObject({
@@ -128,7 +130,7 @@ const VolumeSourceSchema = z.strictObject({
 /** Where a disk comes from: exactly one kind. */
 export const SourceSchema = z.union([FileSourceSchema, OvaSourceSchema, UrlSourceSchema, HostPathSourceSchema, VolumeSourceSchema], {
   error: ({ input }) =>
-    `source is exactly one of { file }, { ova, disk? }, { url, disk?, headers?, caFile? }, { hostPath, mode? } and { volume, pool? }, got ${keysOf(input)}`,
+    `source is exactly one of { file }, { ova, disk? }, { url, disk?, headers?, fetch?, caFile? }, { hostPath, mode? } and { volume, pool? }, got ${keysOf(input)}`,
 });
 
 /** What was declared, without values: those of headers are secrets. */

@@ -16,7 +16,7 @@ done
 const REMOVE = `
 stamp=$1/$2.stamp
 [ "$(stat -c %h -- "$1/$2.part")" = 1 ] || stamp=
-flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.guest" \${stamp:+"$stamp"} || exit 75
+flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.guest" "$1/$2.log" "$1/$2.source" "$1/$2.source.etag" \${stamp:+"$stamp"} || exit 75
 rm -f -- "$1/$2.lock"
 rmdir -- "$1" 2>/dev/null
 exit 0

@@ -185,12 +185,12 @@ export class PartFile implements Part {
   }
 
   /**
-   * Has the host run a script of sh that fills the part, which is `"$part"` there; it should end in `exec`, so that it can be stopped. It has no stdin, and
-   * its text is in no argv. Throws DiskError with the last of what it wrote when it fails.
+   * Has the host run a script of sh, which knows the part as `"$part"` and a file beside it as `"$fetched"`; it should end in `exec`, so that it can be
+   * stopped. `input` is its stdin, of at most some KiB; neither is in any argv. Throws DiskError with the last of what it wrote when it fails.
    */
-  async run(script: string): Promise<void> {
-    const bytes = Buffer.from(script);
-    await this.#command(Buffer.concat([Buffer.from(`run ${bytes.length}\n`), bytes]));
+  async run(script: string, input = ""): Promise<void> {
+    const bytes = [script, input].map((text) => Buffer.from(text));
+    await this.#command(Buffer.concat([Buffer.from(`run ${bytes[0]!.length} ${bytes[1]!.length}\n`), ...bytes]));
     this.#isSized = true;
   }
 

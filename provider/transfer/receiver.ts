@@ -22,7 +22,7 @@ const SILENCE_SECONDS = 30;
  * | `stamp LENGTH`        | keeps the LENGTH bytes that follow beside the part, with its inode  | `ok`                                       |
  * | `guest FORMAT`        | has qemu-img read the part into a raw file beside it                | `data OFFSET LENGTH`..., then `guest SIZE` |
  * | `content OFFSET LENGTH` | hashes a range of what qemu-img read                              | `have OFFSET LENGTH SHA256`                |
- * | `run LENGTH`          | runs the LENGTH bytes of sh that follow, which fill `$part`         | `ok`                                       |
+ * | `run LENGTH INPUT`    | runs the LENGTH bytes of sh that follow, on INPUT bytes as stdin    | `ok`                                       |
  * | `publish SECONDS`     | sets the time, links the part to the path without overwriting       | `published BYTES-ALLOCATED`, or `exists`   |
  * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
  *
@@ -130,8 +130,9 @@ while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second; do
     hash "$guest" "$first" "$second" 9>&- </dev/null ;;
   run)
     script=$(dd bs=65536 iflag=fullblock,count_bytes count="$first" status=none)
+    input=$(dd bs=65536 iflag=fullblock,count_bytes count="$second" status=none)
     (
-      (eval "$script") </dev/null >"$log" 2>&1 &
+      printf '%s\\n' "$input" | (eval "$script") >"$log" 2>&1 &
       child=$!
       trap 'kill "$child" 2>/dev/null; exit 0' TERM
       wait "$child"; status=$?

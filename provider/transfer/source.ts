@@ -312,8 +312,8 @@ function isDescriptorName(name: string): boolean {
 
 const NOT_VOUCHED = "no checksum vouches for the source: give `checksum`, or an OVA with a manifest";
 
-/** What the first bytes of a file tell about the image in it. A fixed VHD, told by its last bytes, shows as raw. */
-async function imageAhead(bytes: Buffer, sizeBytes: number | undefined, isWhole: boolean): Promise<StagedOutlook["image"]> {
+/** What the first bytes of a file tell about the image in it; undefined when it is a package, or goes on where they end. A fixed VHD, told by its last bytes, shows as raw. */
+export async function imageAhead(bytes: Buffer, sizeBytes: number | undefined, isWhole: boolean): Promise<StagedOutlook["image"]> {
   const parse = async (assumedBytes: number): Promise<StagedOutlook["image"]> => {
     const readAt = async (offset: number, length: number): Promise<Buffer> => {
       if (offset + length > bytes.length) throw new BeyondPeek("the bytes are not at hand");

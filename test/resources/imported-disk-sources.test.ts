@@ -235,7 +235,121 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
     });
   }
 
+  describe("fetched by the host", () => {
+    /** This machine's end of the link to the host. */
+    const ownAddress = () => kvm.address.replace(/\d+$/, (last) => String(Number(last) - 1));
+
+    async function openServed() {
+      await using stack = new AsyncDisposableStack();
+      const caller = stack.use(await openCaller(ways.ssh.host));
+      const server = stack.use(await openWebServer({ address: ownAddress() }));
+      const image = join(caller.directory, "disk.vmdk");
+      await qemuImg("convert", "-f", "raw", "-O", "vmdk", caller.raw, image);
+      const bytes = await readFile(image);
+      server.files.set("/disk.vmdk", { bytes });
+      const held = stack.move();
+      return { caller, server, bytes, url: `${server.origin}/disk.vmdk`, [Symbol.asyncDispose]: () => held.disposeAsync() };
+    }
+
+    it("arrives without passing this machine, goes on after cuts, and leaves no secret and no copy behind", async () => {
+      await using served = await openServed();
+      const { caller, server, bytes, url } = served;
+      server.files.set("/disk.vmdk", { bytes, cuts: [1_000_000, 700_000] });
+      const headers = { "x-token": 'a "quoted" \\ token-of-mine' };
+      const watched = (async () => {
+        const seen: string[] = [];
+        for (let round = 0; round < 60; round++) {
+          seen.push(await kvm.run("ps", "-eo", "args"));
+          if (server.log.length > 3) break;
+        }
+        return seen.join("\n");
+      })();
+      const source = { url: `${url}?signature=hidden`, headers, fetch: "host" };
+      const state = await caller.create({ source, checksum: `sha1:${createHash("sha1").update(bytes).digest("hex")}` });
+      expect(await watched).not.toMatch(/token-of-mine|hidden/);
+      expect(state.sourceDigest).toBe(`sha256:${sha256(bytes)}`);
+      expect(await guestHash(caller, state, caller.guest.length)).toBe(sha256(caller.guest));
+      expect(server.headers.get("/disk.vmdk")).toMatchObject(headers);
+      expect(server.log.filter((line) => /bytes=[1-9]\d*-$/.test(line))).not.toEqual([]);
+      expect(caller.lines.join("\n")).toMatch(/fetched by root@.* itself, nothing to send/);
+      expect(caller.lines.join("\n")).not.toMatch(/token-of-mine|hidden/);
+      expect(await readdir(kvm.poolPath)).toEqual([state.volumeName]);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
+    it("keeps what came when the server gives up, and begins anew when the file is another one by then", async () => {
+      await using served = await openServed();
+      const { caller, server, bytes, url } = served;
+      const source = { url, fetch: "host" };
+      const { inputs, failures } = await caller.check({ source });
+      expect(failures).toEqual([]);
+      server.files.set("/disk.vmdk", { bytes, cuts: [1_000_000, 0, 0, 0, 0] });
+      await expect(importedDisk.create(caller.context, inputs)).rejects.toThrow(/root@.* cannot fetch http:.*disk\.vmdk: curl: \(18\)/);
+      expect((await stat(join(kvm.poolPath, ".virtlift", `${inputs.importId}.source`))).size).toBe(1_000_000);
+      const other = Buffer.from(bytes);
+      other.fill("text of another state", 3_000_000, 3_010_000);
+      server.files.set("/disk.vmdk", { bytes: other, etag: '"second"' });
+      const { state } = await importedDisk.create(caller.context, inputs);
+      expect(state.sourceDigest).toBe(`sha256:${sha256(other)}`);
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(kvm.poolPath)).toEqual([]);
+    });
+
+    it("follows redirects without headers, and is refused in preview when it would fail", async () => {
+      await using served = await openServed();
+      const { caller, server, bytes, url } = served;
+      const { origin } = server;
+      server.files.set("/moved", { bytes, answer: (_request, response) => response.writeHead(302, { location: url }).end("moved") });
+      server.files.set("/file", {
+        bytes,
+        answer: (_request, response) => response.writeHead(302, { location: "file:///etc/passwd" }).end(),
+      });
+      server.files.set("/locked", { bytes, answer: (_request, response) => response.writeHead(401).end("locked") });
+      server.files.set("/disk.gz", { bytes: Buffer.from("1f8b0800000000000003030000000000000000", "hex") });
+      const state = await caller.create({ source: { url: `${origin}/moved`, fetch: "host" } });
+      expect(await guestHash(caller, state, caller.guest.length)).toBe(sha256(caller.guest));
+      await importedDisk.delete(caller.context, state.diskId, state);
+      const refusals: readonly (readonly [object, RegExp])[] = [
+        [{ url: `${origin}/none` }, /^source: root@.* cannot fetch http.*\/none: there is nothing \(HTTP 404\)/],
+        [{ url: `${origin}/locked` }, /cannot fetch .*: it is refused without other rights \(HTTP 401\)/],
+        [{ url: `${origin}/moved`, headers: { "x-token": "x" } }, /the server redirects, and headers are sent to no other address/],
+        [{ url: `${origin}/file` }, /cannot fetch .*: curl: \(1\)/],
+        [{ url: `${origin}/disk.gz` }, /is wrapped in gzip, which is only taken apart on this machine/],
+        [{ url: `http://${ownAddress()}:9/x` }, /cannot fetch .*: curl: \(7\)/],
+      ];
+      for (const [source, reason] of refusals) expect(await caller.reason({ source: { ...source, fetch: "host" } })).toMatch(reason);
+      expect(await readdir(kvm.poolPath)).toEqual([]);
+    });
+  });
+
   describe("from the host itself", () => {
+    it("stops what the host does when it is stopped, and is taken up again by the next run", async () => {
+      const { bed, host } = ways.ssh;
+      await using caller = await openCaller(host);
+      const hostPath = join(bed.directory, "large.qcow2");
+      const noise = await writeRaw(
+        join(caller.directory, "noise.raw"),
+        guestOf(300 * MIB, [{ offset: 0, length: 280 * MIB, content: "noise" }]),
+      );
+      await qemuImg("convert", "-f", "raw", "-O", "qcow2", noise, hostPath);
+      const { inputs } = await caller.check({ source: { hostPath }, layout: "compressed" });
+      const stop = new AbortController();
+      const importing = importedDisk.create({ ...caller.context, signal: stop.signal }, inputs);
+      const converting = async () => (await bed.run("ps", "-eo", "args")).includes("qemu-img convert");
+      await expect.poll(converting, { timeout: 10_000 }).toBe(true);
+      stop.abort(new Error("the engine is gone"));
+      await expect(importing).rejects.toThrow("the engine is gone");
+      await expect.poll(converting, { timeout: 10_000 }).toBe(false);
+      expect(await readdir(bed.poolPath)).toEqual([".virtlift"]);
+      const { state } = await importedDisk.create(caller.context, { ...inputs });
+      expect(sha256((await guestByQemu(state.path, "qcow2", join(caller.directory, "back.raw"))).subarray(0, 280 * MIB))).toBe(
+        sha256((await readFile(noise)).subarray(0, 280 * MIB)),
+      );
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await readdir(bed.poolPath)).toEqual([]);
+      await rm(hostPath);
+    });
+
     it("is refused in preview when it could not be taken, and nothing changes", async () => {
       const { bed, host } = ways.local;
       await using caller = await openCaller(host);

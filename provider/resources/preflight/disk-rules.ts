@@ -377,5 +377,6 @@ export function describeCopy(facts: DiskFacts, source: SourceFacts, wireBytes: n
     const isMoved = "hostPath" in inputs.source && inputs.source.mode === "move";
     return `${from}, ${isMoved ? "moved" : "copied"} on ${host.label} itself, nothing to send`;
   }
+  if ("url" in inputs.source && inputs.source.fetch === "host") return `${from}, fetched by ${host.label} itself, nothing to send`;
   return `${from}, at most ${formatBytes(wireBytes)} to send, about ${formatSeconds(seconds)} (at ${formatBytes(bytesPerSecond)}/s, ${basis})`;
 }
