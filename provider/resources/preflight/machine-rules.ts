@@ -261,11 +261,12 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
   {
     id: "virtlift/cpu-unusable",
     level: "block",
-    summary: "The host's processor lacks features of the CPU model.",
+    summary:
+      "The host's processor lacks features of the CPU model, and KVM cannot make up for them. An emulated machine just goes without.",
     remedy: 'Take an older model, or the mode "host-model".',
     test: (facts) => {
       const model = facts.inputs.cpu?.model;
-      if (model === undefined || offered(facts)?.cpuModels.get(model) !== false) return [];
+      if (model === undefined || facts.inputs.domainType !== "kvm" || offered(facts)?.cpuModels.get(model) !== false) return [];
       const sentence = `the processor of ${facts.host.label} lacks features of ${model}: take an older model, or the mode "host-model"`;
       return [{ property: "cpu.model", sentence }];
     },

@@ -76,11 +76,11 @@ const MACHINES: Readonly<Record<string, Case>> = {
   },
   "virtlift/disk-twice": {
     args: ({ poolPath }) => ({ disks: [{ path: join(poolPath, "own.qcow2") }] }),
-    truth: /Failed to get "write" lock|target .* already exists|two disks|duplicate/i,
+    truth: /Failed to get "write" lock/,
   },
   "virtlift/own-volume-taken": {
     args: () => ({ name: "other2", disks: [{ size: "1MiB", name: "data" }] }),
-    truth: /already exists|exists already/,
+    truth: /exists already/,
   },
   "virtlift/network-missing": { args: () => ({ networks: [{ network: "lan" }] }), truth: /no network with matching name 'lan'/ },
   "virtlift/network-inactive": { args: () => ({ networks: [{ network: "default" }] }), truth: /network 'default' is not active/ },
@@ -95,7 +95,7 @@ const MACHINES: Readonly<Record<string, Case>> = {
   },
   "virtlift/vcpus-beyond-type": {
     args: () => ({ machine: "pc", vcpus: 300 }),
-    truth: /greater than the maximum|Maximum CPUs greater|maximum|exceeds/i,
+    truth: /greater than/,
   },
   "virtlift/path-unreachable": {
     args: ({ directory }) => ({ importedDisk: { diskId: "own", path: join(directory, "closed/own.qcow2") } }),
@@ -137,19 +137,18 @@ describe("a machine", () => {
     await bare.run("mount", "-t", "tmpfs", "none", "/usr/share/qemu/firmware");
     await bare.run("sh", "-c", "for tool in /usr/bin/swtpm /usr/bin/swtpm_setup; do mount --bind /dev/null $tool; done");
     await bare.killDaemon();
-    await using desk = openDesk(bare.uri);
     const path = join(bare.poolPath, "own.qcow2");
     await copyFile(join(libvirtd.poolPath, "own.qcow2"), path);
     const declared = { importedDisk: { diskId: "own", path }, memoryMiB: 64, domainType: "qemu" };
     for (const [rule, args, truth] of [
       ["virtlift/no-uefi-firmware", { firmware: "uefi" }, /Unable to find any firmware/],
-      ["virtlift/no-tpm", { tpm: true }, /swtpm/],
+      ["virtlift/no-tpm", { tpm: true }, /unsupported configuration/],
     ] as const) {
       const name = `bare-${rule.slice(-3)}`;
+      await using desk = openDesk(bare.uri);
       expect(rulesOf((await desk.checkMachine(name, { ...declared, ...args })).failures)).toEqual([rule]);
-      await using later = openDesk(bare.uri);
-      const waived = await later.checkMachine(name, { ...declared, ...args, ...waive(rule) });
-      await expect(later.createMachine(waived.inputs)).rejects.toThrow(truth);
+      const waived = await desk.checkMachine(name, { ...declared, ...args, ...waive(rule) });
+      await expect(desk.createMachine(waived.inputs)).rejects.toThrow(truth);
       await bare.virsh("undefine", name).catch(() => undefined);
     }
   });
@@ -208,12 +207,11 @@ describe("a disk", () => {
     const file = await writeRaw(join(narrow.directory, "noise.raw"), content);
     const first = await desk.checkDisk("first", { source: { file } });
     expect(first.failures).toEqual([]);
+    // A replacement is checked twice, and does not count itself.
+    expect((await desk.checkDisk("first", { source: { file } })).failures).toEqual([]);
     const second = await desk.checkDisk("second", { source: { file } });
     expect(rulesOf(second.failures)).toEqual(["virtlift/no-room"]);
     expect(second.failures[0]?.reason).toMatch(/takes up to 20.0 MiB beside 20.0 MiB of 1 other disk of this deployment/);
-    // A replacement checks twice, and does not count itself.
-    expect((await desk.checkDisk("first", { source: { file } })).failures).toEqual(first.failures.length === 0 ? expect.anything() : []);
-
     await using bold = openDesk(narrow.uri);
     const all = await Promise.all(
       ["first", "second"].map((name) => bold.checkDisk(name, { source: { file }, ...waive("virtlift/no-room") })),
@@ -253,7 +251,6 @@ describe("a deployment", () => {
       "virtlift/mac-twice",
       "virtlift/disk-twice",
     ]);
-    expect((await desk.checkMachine("twin-a", declared)).failures.length).toBeGreaterThan(0);
     await using again = openDesk(libvirtd.uri);
     expect((await again.checkMachine("twin-a", declared)).failures).toEqual([]);
     expect((await again.checkMachine("twin-a", declared)).failures).toEqual([]);
