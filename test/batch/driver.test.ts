@@ -35,3 +35,50 @@ test("moves machines in waves, has nothing to do the second time, and removes th
   expect(await readdir(libvirtd.poolPath)).toEqual([]);
   expect((await libvirtd.virsh("list", "--all", "--name")).trim()).toBe("");
 }, 180_000);
+
+test("finds what machines claim together, starts nothing then, and binds an update to its saved plan", async () => {
+  await using libvirtd = await openLibvirtd();
+  await using bed = await openBatchBed();
+  const { path: ova } = await prepareGuestOva();
+  const manifest = (db: object, cache: object) => ({
+    project: "shared",
+    retry: { attempts: 1 },
+    defaults: { host: libvirtd.uri, networks: { "*": { type: "user" } }, machine: { powerState: "stopped", domainType: "qemu" } },
+    machines: { db: { source: { ova }, ...db }, cache: { source: { ova }, ...cache } },
+  });
+
+  bed.write(manifest({ name: "same" }, { name: "same" }));
+  {
+    await using batch = await bed.openBatch();
+    const { plan, machines, isComplete } = await batch.up();
+    expect(plan?.machines.map(({ action }) => action)).toEqual(["blocked", "blocked"]);
+    expect(plan?.machines[0]?.findings).toContainEqual({
+      level: "block",
+      text: `the name same on ${libvirtd.uri} is claimed by cache of this batch too: give one of them another`,
+    });
+    expect(machines.map(({ state }) => state)).toEqual(["skipped", "skipped"]);
+    expect(isComplete).toBe(false);
+  }
+
+  bed.write(manifest({}, { source: { ova: "gone.ova" } }));
+  {
+    await using batch = await bed.openBatch();
+    const { isClear, machines } = await batch.plan({}, { save: true });
+    expect(isClear).toBe(false);
+    expect(machines.map(({ action }) => action)).toEqual(["create", "blocked"]);
+    expect(machines[1]?.findings.map(({ text }) => text)).toEqual([`there is no file ${bed.directory}/gone.ova`]);
+  }
+
+  bed.write(manifest({ machine: { memoryMiB: 512 } }, {}));
+  {
+    await using batch = await bed.openBatch();
+    const { machines } = await batch.up({ names: ["db"] }, { usePlans: true });
+    expect(machines).toEqual([{ machine: "db", state: "failed", reasons: [expect.stringContaining("violates plan") as string] }]);
+  }
+  // Its disk is as planned; the machine is not, and is not made.
+  expect((await libvirtd.virsh("list", "--all", "--name")).trim()).toBe("");
+
+  bed.write(manifest({}, {}));
+  await using batch = await bed.openBatch();
+  expect((await batch.up({ names: ["db"] }, { usePlans: true })).machines).toMatchObject([{ state: "done" }]);
+}, 180_000);
