@@ -110,12 +110,13 @@ export function parseDisk(disk: XmlElement): ObservedDisk {
   const driver = child(disk, "driver");
   const bootOrder = attribute(child(disk, "boot"), "order");
   const type = attribute(disk, "type");
-  const source = child(disk, "source");
+  const isFile = type === "file" || type === "block";
+  const path = isFile ? attribute(child(disk, "source"), type === "file" ? "file" : "dev") : undefined;
   return {
     device: attribute(disk, "device") ?? "disk",
-    path: type === "file" || type === "block" ? attribute(source, type === "file" ? "file" : "dev") : undefined,
-    // While a machine runs, libvirt does not show it of an empty drive.
-    format: source && attribute(driver, "type"),
+    path,
+    // Of an empty drive libvirt shows what was in it before, or nothing.
+    format: isFile && path === undefined ? undefined : attribute(driver, "type"),
     bus: attribute(target, "bus") ?? "",
     target: attribute(target, "dev") ?? "",
     bootOrder: bootOrder === undefined ? undefined : Number(bootOrder),

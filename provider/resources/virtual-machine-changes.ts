@@ -3,7 +3,16 @@ import type { DiskSpec, InterfaceSpec, ObservedDisk } from "../libvirt/domain-de
 import { daemonOf } from "./connect.ts";
 import type { PropertyChange } from "./resource.ts";
 import { hasUnknown } from "./unknown.ts";
-import { diskSpecs, interfaceSpec, isSame, isWindows, type MachineInputs, type PlacedNetwork } from "./virtual-machine-spec.ts";
+import {
+  diskSpecs,
+  domainSpec,
+  hasHardware,
+  interfaceSpec,
+  isSame,
+  isWindows,
+  type MachineInputs,
+  type PlacedNetwork,
+} from "./virtual-machine-spec.ts";
 
 /** `live`: at once, whether the guest runs or not. `restart`: at its next start. `replace`: by another machine. `refused`: not at all. */
 export type ChangeEffect = PropertyChange["effect"] | "refused";
@@ -259,8 +268,15 @@ export function changesOf(olds: { readonly [Key in keyof MachineInputs]: unknown
     }
     const found = of(olds as MachineInputs, news).toSorted((one, other) => STRENGTH.indexOf(other.effect) - STRENGTH.indexOf(one.effect));
     const [{ effect, why, at }] = found as [ChangeCase & { readonly at: string }];
+    if (effect === "restart" && isSameHardware(olds as MachineInputs, property, news)) return { property, effect: "live", path: property };
     return { property, effect, why, path: property + at };
   });
+}
+
+/** Whether the guest would see nothing of it, as when a default is said. */
+function isSameHardware(olds: MachineInputs, property: keyof MachineInputs, news: MachineInputs): boolean {
+  const changed = { ...olds, [property]: news[property], diskTargets: property === "disks" ? news.diskTargets : olds.diskTargets };
+  return hasHardware(domainSpec(changed, []), domainSpec(olds, []));
 }
 
 type DiskCase = "plugged" | "fitted" | "unplugged" | "taken" | "grown" | "shrunk" | "medium" | "served" | "described";

@@ -67,17 +67,12 @@ function diskSteps(guest: Guest, live: ObservedDomain, wanted: DomainSpec): read
   const { libvirt, domain } = guest;
   const gone = live.disks.filter((disk) => canUnplugDisk(disk) && !wanted.disks.some((each) => isSameDrive(each, disk)));
   const steps: Step[] = gone.map((disk) => ({
-    run: () =>
-      unplug(guest, {
-        what: `its disk ${disk.target} (${disk.path ?? "which is no file"})`,
-        xml: renderDisk(disk as DiskSpec),
-        isThere: ({ disks }) => disks.some(({ target }) => target === disk.target),
-      }),
+    run: () => unplug(guest, diskDevice(disk)),
     undo: () => libvirt.domainAttachDeviceFlags(domain, renderDisk(disk as DiskSpec), LIVE),
   }));
   for (const disk of wanted.disks) {
     const old = live.disks.find((each) => isSameDrive(each, disk));
-    if (!old && canPlugDisk(disk, live.disks)) steps.push(plugStep(guest, renderDisk(disk)));
+    if (!old && canPlugDisk(disk, live.disks)) steps.push(plugStep(guest, diskDevice(disk)));
     else if (old && isOtherMedium(old, disk)) {
       // The drive's door may be locked by the guest: the medium goes as if its button had been held.
       const change = (each: DiskSpec) => libvirt.domainUpdateDeviceFlags(domain, renderDisk(each), LIVE | DOMAIN_DEVICE_MODIFY.force);
@@ -97,17 +92,12 @@ function interfaceSteps(guest: Guest, live: ObservedDomain, wanted: DomainSpec):
     ({ mac, model }) => canPlugInterface(model, live.machine) && !wanted.interfaces.some((each) => each.mac === mac),
   );
   const steps: Step[] = gone.map((each) => ({
-    run: () =>
-      unplug(guest, {
-        what: `its interface ${each.mac}`,
-        xml: renderInterface(each as InterfaceSpec),
-        isThere: ({ interfaces }) => interfaces.some(({ mac }) => mac === each.mac),
-      }),
+    run: () => unplug(guest, interfaceDevice(each)),
     undo: () => libvirt.domainAttachDeviceFlags(domain, renderInterface(each as InterfaceSpec), LIVE),
   }));
   for (const each of wanted.interfaces) {
     const old = live.interfaces.find(({ mac }) => mac === each.mac);
-    if (!old && canPlugInterface(each.model, live.machine)) steps.push(plugStep(guest, renderInterface(each)));
+    if (!old && canPlugInterface(each.model, live.machine)) steps.push(plugStep(guest, interfaceDevice(each)));
     else if (old && !isSame(old, each) && canUpdateInterface(old, each)) {
       const change = (wish: ObservedInterface) => libvirt.domainUpdateDeviceFlags(domain, renderInterface(wish as InterfaceSpec), LIVE);
       // libvirt takes a missing link state for no change.
@@ -132,22 +122,36 @@ function sizeSteps({ libvirt, domain }: Guest, live: ObservedDomain, wanted: Dom
   return steps;
 }
 
-function plugStep({ libvirt, domain }: Guest, xml: string): Step {
-  return {
-    run: () => libvirt.domainAttachDeviceFlags(domain, xml, LIVE),
-    undo: () => libvirt.domainDetachDeviceFlags(domain, xml, LIVE),
-  };
-}
-
-interface Unplugging {
+/** A device that is plugged in or out. */
+interface Device {
   /** For the user: `its disk vdb (/path)`. */
   readonly what: string;
   readonly xml: string;
   readonly isThere: (live: ObservedDomain) => boolean;
 }
 
+function diskDevice(disk: ObservedDisk): Device {
+  return {
+    what: `its disk ${disk.target} (${disk.path ?? "which is no file"})`,
+    xml: renderDisk(disk as DiskSpec),
+    isThere: ({ disks }) => disks.some(({ target }) => target === disk.target),
+  };
+}
+
+function interfaceDevice(each: ObservedInterface): Device {
+  return {
+    what: `its interface ${each.mac}`,
+    xml: renderInterface(each as InterfaceSpec),
+    isThere: ({ interfaces }) => interfaces.some(({ mac }) => mac === each.mac),
+  };
+}
+
+function plugStep(guest: Guest, device: Device): Step {
+  return { run: () => guest.libvirt.domainAttachDeviceFlags(guest.domain, device.xml, LIVE), undo: () => unplug(guest, device) };
+}
+
 /** Asks the guest to let the device go and waits until it has. */
-async function unplug({ context, host, libvirt, domain }: Guest, { what, xml, isThere }: Unplugging): Promise<void> {
+async function unplug({ context, host, libvirt, domain }: Guest, { what, xml, isThere }: Device): Promise<void> {
   const woken: { wake: () => void } = { wake: () => undefined };
   const stopListening = await libvirt.onDomainEvent("deviceRemoved", ({ dom }) => {
     if (dom.uuid === domain.uuid) woken.wake();

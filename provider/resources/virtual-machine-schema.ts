@@ -12,7 +12,7 @@ const FormatSchema = z.enum(["qcow2", "raw"]);
 
 /** How a disk is served. Of a running guest none of it changes. */
 const serving = {
-  /** How QEMU caches it: `none` goes past the host's cache, `writeback` through it. Default: libvirt's, `writeback`. */
+  /** How QEMU caches it: `none` goes past the host's cache, `writeback` through it. Default: libvirt's, `writeback`; of a shareable disk `none`. */
   cache: z.enum(["none", "writeback", "writethrough", "directsync", "unsafe"]).optional(),
   /** How QEMU reads and writes it; `native` goes with the cache `none` or `directsync`. Default: libvirt's, `threads`. */
   io: z.enum(["native", "threads", "io_uring"]).optional(),

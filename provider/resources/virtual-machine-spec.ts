@@ -217,7 +217,8 @@ export function diskSpecs(inputs: MachineInputs): readonly DiskSpec[] {
     isReadOnly: false,
   };
   const further = inputs.disks.map((disk) => ({
-    ...serving({ ...(disk.device === "disk" && { discard: "unmap" as const }), ...disk }),
+    // libvirt lets what is shared go past the host's cache by itself.
+    ...serving({ ...(disk.device === "disk" && { discard: "unmap" }), ...(disk.shareable && { cache: "none" }), ...disk }),
     device: disk.device,
     path: disk.path,
     format: disk.path === undefined ? undefined : disk.format,

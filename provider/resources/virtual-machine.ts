@@ -17,6 +17,7 @@ import {
   renderMetadata,
 } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
+import { PatchError } from "../libvirt/xml-patch.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
 import { parseArgs } from "./parse.ts";
 import { BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
@@ -44,7 +45,7 @@ import {
 import { ADOPTED, type Adopted, findAdopted, tellAdoption } from "./virtual-machine-adopt.ts";
 import { changesOf } from "./virtual-machine-changes.ts";
 import { driftOf } from "./virtual-machine-drift.ts";
-import { defaultDomainType, placeDisk, placeDiskRef, placeImage, placeSeed } from "./virtual-machine-host.ts";
+import { defaultDomainType, placeDisk, placeDiskRef, placeImage, PlacementError, placeSeed } from "./virtual-machine-host.ts";
 import { changeLive, growVolumes } from "./virtual-machine-live.ts";
 import { type VirtualMachineArgs, VirtualMachineSchema } from "./virtual-machine-schema.ts";
 import {
@@ -186,7 +187,7 @@ async function place(
   const cloudInit = args.cloudInit && (await placeSeed(host, args.cloudInit, args, isSameHost ? olds.cloudInit : undefined));
   const cpu = args.cpu ?? DEFAULT_CPU[domainType];
   const placed = { ...args, importedDisk: placedDisk, image: placedImage, disks, cloudInit };
-  return {
+  const inputs: MachineInputs = {
     ...placed,
     domainType,
     ...(cpu && { cpu }),
@@ -196,6 +197,21 @@ async function place(
     diskTargets: targetsOf(placed, olds),
     serialLog: args.serialLog ?? (await serialLogPath(host, name)),
   };
+  tryPatches(inputs);
+  return inputs;
+}
+
+/** Throws PlacementError when the user's patches do not fit the definition. */
+function tryPatches(inputs: MachineInputs): void {
+  try {
+    renderDomain(domainSpec(inputs, []));
+  } catch (error) {
+    if (!(error instanceof PatchError)) throw error;
+    throw new PlacementError(
+      `xmlPatches[${error.index}]`,
+      `${error.message}: look at the definition with the configuration virtlift:showXml`,
+    );
+  }
 }
 
 const DEFAULT_CPU: Readonly<Record<MachineInputs["domainType"], MachineInputs["cpu"]>> = {
@@ -409,9 +425,14 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
     return domain;
   } catch (error) {
     try {
-      for (const path of made) await deleteVolume(libvirt, path);
       if (existing) await libvirt.domainDefineXMLFlags(existing.xml);
-      else if (marked) await undefine(libvirt, marked);
+      // What the running guest did not let go is still its own.
+      const held = existing ? parseDomain(await libvirt.domainGetXMLDesc(existing.domain)).disks.map(({ path }) => path) : [];
+      for (const path of made) if (!held.includes(path)) await deleteVolume(libvirt, path);
+      const left = made.filter((path) => held.includes(path)).map((path) => ({ path, isUnfinished: false }));
+      if (left.length > 0)
+        await writeMetadata(libvirt, existing!.domain, { ...spec.metadata, volumes: [...volumes, ...left] }, AFFECT_CONFIG);
+      if (!existing && marked) await undefine(libvirt, marked);
     } catch (failure) {
       // What made it fail is what the user is to know of; what stays is known to be ours, and the next try goes on with it.
       context.log("warn", `${inputs.name}: what was begun on ${host.label} could not be taken back: ${messageOf(failure)}`);

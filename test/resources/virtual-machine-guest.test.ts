@@ -244,7 +244,9 @@ describe("without a guest system", () => {
     expect(await desk.failures(machine(libvirtd, "web", { importedDisk, firmware: "uefi", secureBoot: true }))).toEqual([]);
     await quiet.run("mount", "-t", "tmpfs", "none", "/usr/share/qemu/firmware");
     await quiet.killDaemon();
-    expect(await desk.failures(machine(quiet, "web", { importedDisk, firmware: "uefi" }))).toEqual([
+    // What the host offers is asked once in a deployment.
+    await using later = openMachineBench();
+    expect(await later.failures(machine(quiet, "web", { importedDisk, firmware: "uefi" }))).toEqual([
       { property: "firmware", reason: expect.stringContaining("has no UEFI firmware for q35 machines") },
     ]);
   });

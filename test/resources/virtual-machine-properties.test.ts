@@ -1,0 +1,300 @@
+/** VirtualMachine on a real QEMU without a guest system: what it is made of, what drifts, what is adopted, and that what fails leaves no trace. */
+import { existsSync } from "node:fs";
+import { readdir, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { describe, expect, test as base } from "vitest";
+import { runCommand } from "../../scripts/setup/command.ts";
+import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
+import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
+import { type MachineBench, openMachineBench } from "./machine-bench.ts";
+
+interface Fixtures {
+  readonly libvirtd: Libvirtd;
+  readonly desk: MachineBench;
+}
+
+const test = base.extend<Fixtures>({
+  libvirtd: [
+    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+    async ({}, use) => {
+      await using libvirtd = await openLibvirtd({ network: true });
+      await use(libvirtd);
+    },
+    { scope: "file" },
+  ],
+  // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+  desk: async ({}, use) => {
+    await using desk = openMachineBench();
+    await use(desk);
+  },
+});
+
+/** A small volume in the pool, as a disk to boot from. Gives its path. */
+async function placeDisk(libvirtd: Libvirtd, name: string, format: "qcow2" | "raw" = "qcow2"): Promise<string> {
+  const file = `${name}.${format}`;
+  await libvirtd.virsh("vol-create-as", "default", file, "1M", "--format", format);
+  return join(libvirtd.poolPath, file);
+}
+
+async function machine(libvirtd: Libvirtd, name: string, more: object = {}) {
+  return {
+    origin: `acme/shop/prod/${name}`,
+    host: libvirtd.uri,
+    domainType: "qemu",
+    memoryMiB: 64,
+    serialLog: join(libvirtd.directory, `${name}.log`),
+    importedDisk: { diskId: name, path: await placeDisk(libvirtd, name) },
+    shutdownTimeoutSeconds: 1,
+    onShutdownTimeout: "cut",
+    ...more,
+  };
+}
+
+const EVERYTHING = {
+  description: "All of it",
+  vcpus: 2,
+  maxVcpus: 4,
+  cpuTopology: { sockets: 1, cores: 2, threads: 2 },
+  cpuPinning: { "0": "0", "1": "0,1" },
+  maxMemoryMiB: 128,
+  cpu: { mode: "custom", model: "Nehalem", features: { vmx: "disable" } },
+  firmware: "uefi",
+  loader: { path: "/usr/share/OVMF/OVMF_CODE_4M.fd", nvramTemplate: "/usr/share/OVMF/OVMF_VARS_4M.fd" },
+  guest: "win11",
+  tpm: true,
+  smbios: { system: { manufacturer: "VMware, Inc.", serial: "VMware-56 4d 0a" }, baseBoard: { product: "440BX" } },
+  bus: "virtio",
+  bootDisk: { cache: "none", io: "native", serial: "root-1" },
+  networks: [
+    { network: "default", model: "virtio", queues: 2, mtu: 1400 },
+    { type: "user", model: "e1000e", link: "down" },
+  ],
+  graphics: { type: "vnc", listen: "0.0.0.0" },
+  video: "virtio",
+  watchdog: "poweroff",
+  cloudInit: { userData: "#cloud-config\nhostname: all\n", networkData: "version: 2\n", metaData: "instance-id: one\n" },
+  xmlPatches: [
+    { path: "devices/video/model", set: { heads: "2" } },
+    { path: "sysinfo", add: "<oemStrings><entry>one of ours</entry></oemStrings>" },
+    { path: "devices/input[@type='tablet']", remove: true },
+  ],
+  powerState: "paused",
+};
+
+describe("a machine with everything", () => {
+  test("starts paused, is read without drift, drifts in the user's own words, and goes with its NVRAM, TPM and seed", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const { context } = desk;
+    const disks = [
+      { path: await placeDisk(libvirtd, "shared", "raw"), shareable: true, bus: "scsi" },
+      { device: "cdrom" },
+      { size: "1MiB", name: "data", discard: "ignore", bootOrder: 2 },
+    ];
+    const news = await machine(libvirtd, "all", { ...EVERYTHING, disks });
+    const inputs = await desk.checked(news);
+    const { id, state } = await virtualMachine.create(context, inputs);
+    expect(state).toMatchObject({
+      powerState: "paused",
+      restartPending: false,
+      ready: true,
+      diskTargets: ["vda", "sda", "sdb", "vdb", "sdc"],
+    });
+    const xml = await libvirtd.virsh("dumpxml", "all");
+    for (const words of [
+      "<clock offset='localtime'>",
+      "<entry name='serial'>VMware-56 4d 0a</entry>",
+      "<entry>one of ours</entry>",
+      "heads='2'",
+      "<tpm model='tpm-crb'>",
+      "<watchdog model='i6300esb' action='poweroff'>",
+      "<vcpupin vcpu='1' cpuset='0-1'/>",
+      "<link state='down'/>",
+      "<shareable/>",
+    ]) {
+      expect(xml).toContain(words);
+    }
+    expect(xml).not.toContain("type='tablet'");
+    const { stdout } = await runCommand(["qemu-img", "info", "-f", "raw", "--output=json", inputs.cloudInit!.volumePath, "-U"]);
+    expect(JSON.parse(stdout)).toMatchObject({ "virtual-size": expect.any(Number) });
+    expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
+    expect((await virtualMachine.diff(context, id, state, await desk.checked(news, inputs))).changes).toEqual([]);
+
+    const changed = (await libvirtd.virsh("dumpxml", "all", "--inactive", "--security-info"))
+      .replace("current='2'>4<", "current='1'>4<")
+      .replace("VMware-56 4d 0a", "changed")
+      .replace(/<watchdog[^]*?<\/watchdog>/, "")
+      .replace("<link state='down'/>", "")
+      .replace("<shareable/>", "")
+      .replace("listen='0.0.0.0'", "listen='127.0.0.1'")
+      .replace("<listen type='address' address='0.0.0.0'/>", "");
+    const file = join(libvirtd.directory, "all.xml");
+    await writeFile(file, changed);
+    await libvirtd.virsh("define", file);
+    await libvirtd.virsh("autostart", "all");
+    const seen = await virtualMachine.read(context, id, state);
+    const drifted = Object.entries(seen!.inputs).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(inputs[key as never]));
+    expect(Object.fromEntries(drifted)).toMatchObject({
+      vcpus: 1,
+      smbios: { system: { serial: "changed" } },
+      networks: [inputs.networks[0], { type: "user", mac: inputs.macAddresses[1], model: "e1000e" }],
+      graphics: { type: "vnc", listen: "127.0.0.1" },
+      disks: [{ path: inputs.disks[0]!.path, readOnly: false }, inputs.disks[1], inputs.disks[2]],
+    });
+    expect(drifted.map(([key]) => key).toSorted()).toEqual(["disks", "graphics", "networks", "smbios", "vcpus", "watchdog"]);
+
+    const swtpm = join(libvirtd.directory, "lib/swtpm", inputs.uuid);
+    expect(existsSync(swtpm)).toBe(true);
+    await virtualMachine.delete(context, id, seen!.state);
+    expect([existsSync(swtpm), existsSync(join(libvirtd.directory, "lib/qemu/nvram/all_VARS.fd"))]).toEqual([false, false]);
+    expect((await readdir(libvirtd.poolPath)).filter((name) => name.startsWith("all") || name.startsWith("shared"))).toEqual([
+      "all.qcow2",
+      "shared.raw",
+    ]);
+  }, 60_000);
+
+  test("what a running machine cannot take waits for its next start, or is refused, and what fails leaves no trace", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const { context } = desk;
+    const news = await machine(libvirtd, "firm", { bus: "virtio" });
+    const inputs = await desk.checked(news);
+    const { id, state } = await virtualMachine.create(context, inputs);
+    const dump = async () => [await libvirtd.virsh("dumpxml", "firm"), await libvirtd.virsh("dumpxml", "firm", "--inactive")];
+    const before = await dump();
+
+    expect(await desk.failures({ ...news, watchdog: "reset" }, inputs)).toEqual([
+      { property: "watchdog", reason: expect.stringContaining("changes at its next start only") },
+    ]);
+    await expect(virtualMachine.update(context, id, state, { ...inputs, watchdog: "reset" })).rejects.toThrow(
+      "changes at its next start only",
+    );
+    expect(await dump()).toEqual(before);
+
+    const broken = await desk.checked(
+      {
+        ...news,
+        disks: [{ path: join(libvirtd.poolPath, "none.raw"), format: "raw" }],
+      },
+      inputs,
+    );
+    await expect(virtualMachine.update(context, id, state, broken)).rejects.toThrow("none.raw");
+    expect((await dump()).map((xml) => xml.match(/<disk |<interface /g))).toEqual(before.map((xml) => xml.match(/<disk |<interface /g)));
+
+    // A default that is said changes nothing.
+    expect(await desk.failures({ ...news, tpm: false, rng: true, graphics: { type: "vnc" } }, inputs)).toEqual([]);
+    const deferred = await desk.checked({ ...news, watchdog: "reset", onRestartRequired: "defer" }, inputs);
+    const pending = await virtualMachine.update(context, id, state, deferred);
+    expect(pending).toMatchObject({ restartPending: true, powerState: "running" });
+    expect((await virtualMachine.diff(context, id, pending, deferred)).changes).toEqual([]);
+
+    await libvirtd.virsh("snapshot-create-as", "firm", "before");
+    await libvirtd.virsh("managedsave", "firm");
+    const saved = await virtualMachine.read(context, id, pending);
+    expect(saved?.state.powerState).toBe("stopped");
+    await virtualMachine.delete(context, id, saved!.state);
+    expect(await libvirtd.virsh("list", "--all", "--name")).not.toContain("firm");
+    await rm(inputs.diskPaths[0]!);
+  }, 60_000);
+
+  test("a machine with Secure Boot is defined with the firmware that has Microsoft's keys", async ({ libvirtd, desk }) => {
+    const inputs = await desk.checked(
+      await machine(libvirtd, "safe", { firmware: "uefi", secureBoot: true, tpm: true, powerState: "paused" }),
+    );
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    expect(await libvirtd.virsh("dumpxml", "safe")).toMatch(/secure='yes'[^]*OVMF_CODE[^<]*\.(ms|secboot)\.fd[^]*OVMF_VARS[^']*\.ms\.fd/);
+    await virtualMachine.delete(desk.context, id, state);
+  });
+});
+
+describe("patches", () => {
+  test.for([
+    [{ path: "devices/nothing", remove: true }, "there is no element devices/nothing"],
+    [{ path: "devices//video", set: { a: "b" } }, "is no path"],
+    [{ path: "devices", add: "<open>" }, "is not well-formed XML"],
+  ] as const)("%j is refused with its place", async ([patch, words], { libvirtd, desk }) => {
+    const news = { ...(await machine(libvirtd, "patched", {}).catch(() => undefined)), origin: "a/b/c/patched", host: libvirtd.uri };
+    const importedDisk = { diskId: "patched", path: join(libvirtd.poolPath, "patched.qcow2") };
+    expect(await desk.failures({ ...news, importedDisk, xmlPatches: [{ path: "", set: { a: "b" } }, patch] })).toEqual([
+      { property: "xmlPatches[1]", reason: expect.stringContaining(words) },
+    ]);
+  });
+});
+
+describe("adoption", () => {
+  test("takes over a running machine without a restart, says first what will change, and keeps what nobody declared", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const { context } = desk;
+    const path = await placeDisk(libvirtd, "old-root");
+    const data = await placeDisk(libvirtd, "old-data", "raw");
+    const file = join(libvirtd.directory, "old.xml");
+    const uuid = "b7f0d1a2-3c4d-4e5f-8a9b-0c1d2e3f4a5b";
+    await writeFile(
+      file,
+      `<domain type="qemu"><name>old</name><uuid>${uuid}</uuid><title>Old one</title><memory unit="MiB">96</memory><vcpu>2</vcpu>
+        <os><type arch="x86_64" machine="pc-i440fx-6.2">hvm</type><boot dev="hd"/></os><features><acpi/></features><clock offset="localtime"/>
+        <devices>
+          <disk type="file" device="disk"><driver name="qemu" type="qcow2"/><source file="${path}"/><target dev="vda" bus="virtio"/></disk>
+          <disk type="file" device="disk"><driver name="qemu" type="raw"/><source file="${data}"/><target dev="vdb" bus="virtio"/><serial>d1</serial></disk>
+          <interface type="network"><mac address="52:54:00:0a:0b:0c"/><source network="default"/><model type="e1000"/></interface>
+          <serial type="pty"><log file="${join(libvirtd.directory, "old.log")}"/></serial>
+          <graphics type="vnc" autoport="yes" listen="127.0.0.1"/>
+        </devices></domain>`,
+    );
+    await libvirtd.virsh("define", file);
+    await libvirtd.virsh("start", "old");
+    const domainId = await libvirtd.virsh("domid", "old");
+
+    const news = {
+      origin: "acme/shop/prod/mine",
+      host: libvirtd.uri,
+      importedDisk: { diskId: "old-root", path },
+      adopt: { name: "old" },
+      title: "Mine",
+    };
+    const inputs = await desk.checked(news);
+    expect(inputs).toMatchObject({
+      name: "old",
+      uuid,
+      machine: "pc",
+      memoryMiB: 96,
+      vcpus: 2,
+      clock: "localtime",
+      bus: "virtio",
+      networks: [{ network: "default", mac: "52:54:00:0a:0b:0c", model: "e1000" }],
+      disks: [{ path: data, serial: "d1" }],
+    });
+    expect(desk.logged.join("\n")).toContain(`the machine old (${uuid}) is adopted and not restarted`);
+    expect(desk.logged).toContainEqual('info: mine: adoption changes title from "Old one" to "Mine"');
+    expect(desk.logged.join("\n")).not.toMatch(/changes (memoryMiB|vcpus|networks|clock|bus|machine)/);
+    expect(await libvirtd.virsh("dumpxml", "old")).not.toContain("virtlift.dev");
+
+    const { id, state } = await virtualMachine.create(context, inputs);
+    expect(await libvirtd.virsh("domid", "old")).toBe(domainId);
+    expect(state).toMatchObject({ powerState: "running", name: "old", uuid });
+    const xml = await libvirtd.virsh("dumpxml", "old", "--inactive");
+    expect(xml).toContain("pc-i440fx-6.2");
+    expect(xml).toContain('origin="acme/shop/prod/mine"');
+    expect(await desk.failures({ ...news, origin: "acme/shop/prod/theirs" })).toEqual([
+      { property: "adopt", reason: expect.stringContaining("belongs to acme/shop/prod/mine") },
+    ]);
+
+    const again = await desk.checked(news, inputs);
+    expect(again).toEqual(inputs);
+    const seen = await virtualMachine.read(context, id, state);
+    expect((await virtualMachine.diff(context, id, seen!.state, again)).changes).toEqual([]);
+    await virtualMachine.delete(context, id, { ...state, shutdownTimeoutSeconds: 1 });
+    expect([existsSync(path), existsSync(data)]).toEqual([true, true]);
+  }, 60_000);
+
+  test("of a machine that is not there is refused with the names of those that are", async ({ libvirtd, desk }) => {
+    const news = { origin: "a/b/c/ghost", host: libvirtd.uri, importedDisk: { diskId: "x", path: "/x.qcow2" }, adopt: { name: "ghost" } };
+    expect(await desk.failures(news)).toEqual([
+      { property: "adopt", reason: expect.stringContaining("there is no machine ghost on this machine") },
+    ]);
+  });
+});
