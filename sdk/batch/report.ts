@@ -148,6 +148,8 @@ function spansOf(records: readonly JournalRecord[]): readonly Span[] {
       });
     } else if (record.record === "ended") {
       end(`${record.run} ${record.operation}`, record.atMs, record.outcome.ok);
+      // What was cut off with the operation has no end of its own.
+      for (const key of [...open.keys()]) if (key.startsWith(`${record.run} `)) end(key, record.atMs, false);
     }
   }
   return spans;
@@ -339,7 +341,7 @@ header .muted, section > .muted { margin: .25rem 0 .75rem; font-size: .875rem; }
 section:not(.tiles) { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.25rem 1.4rem; margin: 0 0 1.1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: .8rem; margin-bottom: 1.1rem; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .9rem 1.1rem; }
-.tile strong { display: block; font-size: 1.35rem; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
+.tile strong { display: block; font-size: 1.25rem; letter-spacing: -.02em; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
 .tile.good strong { color: var(--good); } .tile.bad strong { color: var(--bad); }
 .scroll { overflow-x: auto; }

@@ -121,7 +121,7 @@ test("tells what was moved, how long each phase took, what was tried again and w
   expect(web).toMatchObject({ state: "done", retries: 1, target: "kvm1", uri: "qemu:///system", source: "exports/web & more.ova" });
   expect(web?.spans.map(({ what, beganMs, endedMs, isOk }) => [what, beganMs, endedMs, isOk])).toEqual([
     ["up", 1000, 4000, false],
-    ["copy web-disk0", 2000, undefined, false],
+    ["copy web-disk0", 2000, 4000, false],
     ["up, attempt 2", 9000, 76_000, true],
     ["copy web-disk0", 10_000, 70_000, true],
     ["make web", 70_100, 75_000, true],
