@@ -265,8 +265,8 @@ describe("every rule", () => {
     expect(new Set(RULES.map(({ id }) => id)).size).toBe(RULES.length);
     for (const { id, summary, remedy } of RULES) {
       expect(id).toMatch(/^virtlift\/[a-z0-9]+(-[a-z0-9]+)*$/);
-      expect(summary, id).toMatch(/^[A-Z"].*\.$/);
-      expect(remedy, id).toMatch(/\.$/);
+      expect(`${id}: ${summary}`).toMatch(/: [A-Z"].*\.$/);
+      expect(`${id}: ${remedy}`).toMatch(/: .*\.$/);
     }
   });
 
