@@ -120,6 +120,7 @@ function ours(
     layout,
     verify,
     id: VOLUME,
+    isCompiled: true,
   };
   return {
     name,

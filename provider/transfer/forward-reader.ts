@@ -3,7 +3,7 @@ import { ImageError } from "../image/parser.ts";
 import { HashThread } from "./hash-thread.ts";
 import type { SourceFile } from "./source.ts";
 
-const READ_BYTES = 4 * 1024 * 1024;
+const READ_BYTES = 1024 * 1024;
 
 interface Chunk {
   readonly offset: number;

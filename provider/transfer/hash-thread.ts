@@ -20,7 +20,9 @@ export class HashThread implements AsyncDisposable {
   constructor(...algorithms: readonly string[]) {
     // Beside us it has our own kind of name: .ts as source, .js when compiled.
     const program = new URL(`./hash-worker${extname(import.meta.url)}`, import.meta.url);
-    this.#worker = new Worker(program, { workerData: { algorithms } satisfies HashWorkerData, execArgv: [] });
+    // It makes hardly any garbage, and what is not collected counts as memory of ours.
+    const resourceLimits = { maxYoungGenerationSizeMb: 2, maxOldGenerationSizeMb: 32 };
+    this.#worker = new Worker(program, { workerData: { algorithms } satisfies HashWorkerData, execArgv: [], resourceLimits });
     this.#worker.unref();
     this.#worker.on("message", (answer: HashAnswer) => {
       if ("memory" in answer) this.#free.push(answer.memory);

@@ -8,10 +8,10 @@ import { type GuestOnHost, type Part, pathTaken } from "./part.ts";
 import { RECEIVER } from "./receiver.ts";
 
 /** Frames end at multiples of this: large enough that the host's two processes a frame cost nothing, small enough to hold a few. */
-export const FRAME_BYTES = 16 * 1024 * 1024;
+export const FRAME_BYTES = 8 * 1024 * 1024;
 
 /** Frames sent and not yet hashed by the host. */
-const MAX_FRAMES_IN_FLIGHT = 2;
+const MAX_FRAMES_IN_FLIGHT = 3;
 
 /** Gaps up to this are filled with zeros rather than beginning a new frame. */
 const MAX_FILLED_GAP_BYTES = 64 * 1024;

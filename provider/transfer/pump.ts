@@ -9,10 +9,10 @@ import { ForwardReader } from "./forward-reader.ts";
 import type { OpenSource } from "./source.ts";
 
 /** The most of a plain run that is written at once. */
-const PIECE_BYTES = 4 * 1024 * 1024;
+const PIECE_BYTES = 1024 * 1024;
 
 /** Clusters that are inflated or deflated at the same time, on libuv's threads. */
-const MAX_DECODING = 64;
+const MAX_DECODING = 16;
 
 /** A stream that is smaller than its cluster by this factor may be one of zeros: those deflate by a thousand. */
 const ZEROS_RATIO = 256;

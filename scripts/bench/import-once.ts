@@ -5,9 +5,10 @@
 import { homedir, userInfo } from "node:os";
 import { argv, env, getuid, resourceUsage, stdout } from "node:process";
 import type { HostSpec } from "../../provider/host/hosts.ts";
-import { createHosts } from "../../provider/host/open.ts";
-import { importDisk } from "../../provider/transfer/import.ts";
-import { openSource, type SourceSpec } from "../../provider/transfer/source.ts";
+import type * as openModule from "../../provider/host/open.ts";
+import type * as importModule from "../../provider/transfer/import.ts";
+import type * as sourceModule from "../../provider/transfer/source.ts";
+import type { SourceSpec } from "../../provider/transfer/source.ts";
 
 export interface ImportRequest {
   readonly host: HostSpec;
@@ -18,6 +19,8 @@ export interface ImportRequest {
   readonly verify: "digest" | "content";
   /** Names the part, so that a later run finds it. */
   readonly id: string;
+  /** Whether the code in dist/ runs, as for users; else the source, whose compiler takes memory of its own. */
+  readonly isCompiled: boolean;
 }
 
 export interface ImportReport {
@@ -29,6 +32,13 @@ export interface ImportReport {
 }
 
 const request = JSON.parse(argv[2] ?? "") as ImportRequest;
+const kind = request.isCompiled ? { folder: "dist/provider", extension: "js" } : { folder: "provider", extension: "ts" };
+const load = async (name: string): Promise<unknown> =>
+  import(new URL(`../../${kind.folder}/${name}.${kind.extension}`, import.meta.url).href);
+const { createHosts } = (await load("host/open")) as typeof openModule;
+const { importDisk } = (await load("transfer/import")) as typeof importModule;
+const { openSource } = (await load("transfer/source")) as typeof sourceModule;
+
 const hosts = createHosts({
   environment: env,
   homeDirectory: homedir(),

@@ -125,6 +125,7 @@ describe.skipIf(process.getuid!() !== 0)("an import over SSH", () => {
       layout: "sparse",
       verify: "digest",
       id: "client",
+      isCompiled: false,
     };
     const program = join(import.meta.dirname, "../../scripts/bench/import-once.ts");
     const child = spawn(process.execPath, [program, JSON.stringify(request)], { stdio: "ignore" });
