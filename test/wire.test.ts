@@ -1,4 +1,5 @@
 import { expect, test } from "vitest";
+import { ConnectionError, LibvirtError } from "../provider/errors.ts";
 import { Incomplete, type Resource } from "../provider/resources/resource.ts";
 import { type Properties, serve } from "../provider/wire.ts";
 
@@ -124,4 +125,15 @@ test("a bug keeps its stack, a foreseen failure shows none", async () => {
     .catch((error: Error) => error.stack);
   expect(bug).toContain("wire.test.ts");
   expect(foreseen).toBe("");
+});
+
+test("says of what needs no mending that it may pass, whole or half made, and of nothing else", async () => {
+  const closed = new ConnectionError("kvm1 closed the connection", { host: "kvm1", phase: "closed" });
+  const denied = new LibvirtError("access denied", { code: 88, domain: 0, procedure: "DomainCreate" });
+  const failing = (error: Error) => serving({ create: () => Promise.reject(error) }).create({ ...PROVIDER });
+  await expect(failing(closed)).rejects.toThrow("kvm1 closed the connection (it may pass: run up again)");
+  await expect(failing(denied)).rejects.toThrow(/^access denied$/);
+  await expect(failing(new Incomplete("half", { id: "one", state: {}, cause: closed }))).rejects.toMatchObject({
+    reasons: ["half (it may pass: run up again)"],
+  });
 });

@@ -149,7 +149,7 @@ function spansOf(records: readonly JournalRecord[]): readonly Span[] {
     } else if (record.record === "ended") {
       end(`${record.run} ${record.operation}`, record.atMs, record.outcome.ok);
       // What was cut off with the operation has no end of its own.
-      for (const key of [...open.keys()]) if (key.startsWith(`${record.run} `)) end(key, record.atMs, false);
+      for (const key of open.keys()) if (key.startsWith(`${record.run} `)) end(key, record.atMs, false);
     }
   }
   return spans;

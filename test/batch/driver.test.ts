@@ -1,14 +1,16 @@
 /** A batch against a real libvirtd; its machines are only defined. */
-import { readdir } from "node:fs/promises";
+import { readdir, rm, symlink } from "node:fs/promises";
+import { join } from "node:path";
 import { expect, test } from "vitest";
 import { prepareGuestOva } from "../../scripts/guest/ova.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
 import { openBatchBed } from "./bed.ts";
 
-test("moves machines in waves, has nothing to do the second time, and removes them all", async () => {
+test("moves machines in waves, has nothing to do the second time though the source is gone, and removes them all", async () => {
   await using libvirtd = await openLibvirtd();
   await using bed = await openBatchBed();
-  const { path: ova } = await prepareGuestOva();
+  const ova = "guest.ova";
+  await symlink((await prepareGuestOva()).path, join(bed.directory, ova));
   const defaults = { host: "here", networks: { "*": { type: "user" } }, machine: { powerState: "stopped", domainType: "qemu" } };
   bed.write({
     project: "move",
@@ -26,6 +28,8 @@ test("moves machines in waves, has nothing to do the second time, and removes th
   expect(moved.stderr.indexOf("cache: done")).toBeLessThan(moved.stderr.indexOf("wave 2: up web"));
   expect((await libvirtd.virsh("list", "--all", "--name")).trim().split("\n").toSorted()).toEqual(["cache", "db", "web"]);
 
+  // Once imported, the source is history.
+  await rm(join(bed.directory, ova));
   const again = await bed.cli("plan");
   expect(again.stdout.match(/ same /g)).toHaveLength(3);
   expect(again.stdout).toContain("nothing is to be copied");
