@@ -39,6 +39,7 @@ export const TESTS: readonly Need[] = [
   { debian: "libvirt-clients", brings: ["virsh"] },
   { debian: "ovmf", brings: ["/usr/share/OVMF/OVMF_CODE_4M.fd"] },
   { debian: "swtpm", brings: ["swtpm"] },
+  { debian: "xorriso", brings: ["xorriso"] },
   { debian: "openssh-server", brings: ["sshd"] },
   { debian: "openssh-client", brings: ["ssh"] },
   { debian: "netcat-openbsd", brings: ["nc"] },
