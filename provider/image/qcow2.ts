@@ -167,9 +167,12 @@ export function* placeStamp(stamp: Uint8Array): Parser<readonly [Write, Write]> 
 }
 
 /**
- * The write that takes our stamp out again; undefined when there is none, or others lie behind it. Throws ImageError when the header is a damaged one.
+ * The write that takes our stamp out again; undefined when there is none, others lie behind it, or the image is no qcow2. Throws ImageError when the
+ * header is a damaged one.
  */
 export function* removeStampFrom(): Parser<Write | undefined> {
+  const start = yield* readUpTo("", 0, 4);
+  if (latin1(start) !== QCOW_MAGIC) return undefined;
   const { extensions, extensionsEnd } = yield* readHeader();
   const last = extensions.at(-1);
   if (last?.type !== STAMP_EXTENSION) return undefined;

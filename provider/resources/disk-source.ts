@@ -10,6 +10,7 @@ import { fetchOnHost, lookFromHost } from "../transfer/host-fetch.ts";
 import { shownUrl, urlFileName } from "../transfer/http.ts";
 import { type HostFile, HostFolder, type HostMode } from "../transfer/on-host.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
+import { parseStamp, probe } from "../transfer/probe.ts";
 import { imageAhead, lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../transfer/source.ts";
 import { findWrapping } from "../transfer/unwrap.ts";
 import type { DiskInputs } from "./imported-disk.ts";
@@ -35,6 +36,18 @@ export function sourceIdentity(source: Source): object {
 /** A declared source as it may be kept where others read it: without secrets. */
 export function publicSource(source: Source): object {
   return "url" in source ? { ...sourceIdentity(source), url: shownUrl(source.url) } : source;
+}
+
+/** Whether a source, declared or not yet checked, is a file that is taken where it is. */
+export function isAdopted(source: unknown): boolean {
+  return typeof source === "object" && source !== null && "hostPath" in source && "mode" in source && source.mode === "adopt";
+}
+
+/** The names that an adopted file gives to its disk; undefined for any other source. */
+export function adoptedName({ source, format }: Pick<DiskInputs, "source" | "format">) {
+  if (!("hostPath" in source) || source.mode !== "adopt") return undefined;
+  const volumeName = posix.basename(source.hostPath);
+  return { volumeName, diskId: volumeName.endsWith(`.${format}`) ? volumeName.slice(0, -format.length - 1) : volumeName };
 }
 
 /** Opens a source for its import. Throws as `openSource` does; DiskError (step "source") when a source on the host cannot be taken as it is. */
@@ -151,6 +164,7 @@ async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, is
   try {
     refuseMode(host, inputs, opened, file, mode);
     if (mode === "move") await refuseMove(host, inputs, file);
+    if (mode === "adopt") await refuseAdoption(host, inputs, opened, file);
   } catch (error) {
     await opened[Symbol.asyncDispose]();
     throw error;
@@ -220,19 +234,68 @@ async function refuseUsed(host: Host, file: HostFile, mode: HostMode): Promise<v
 }
 
 function refuseMode(host: Host, inputs: DiskInputs, { image }: OpenSource, file: HostFile, mode: HostMode): void {
+  const verb = mode === "move" ? "moved" : "adopted";
   const isKept = image.format === "raw" && inputs.format === "raw";
   if (mode === "copy" && !isKept && !file.hasQemuImg) {
     throw refusal(file.path, `${host.label} lacks qemu-img, which makes ${inputs.format} of ${file.path}: install qemu-utils`);
   }
-  if (mode !== "move") return;
-  if (file.kind !== "file") throw refusal(file.path, `${file.path} on ${host.label} is a device, which cannot be moved: copy it`);
+  if (mode === "copy") return;
+  if (file.kind !== "file") throw refusal(file.path, `${file.path} on ${host.label} is a device, which cannot be ${verb}: copy it`);
   if (image.format !== inputs.format) {
     throw refusal(
       file.path,
       `${file.path} on ${host.label} is ${image.format} and the volume is to be ${inputs.format}: copy it, or declare the format ${image.format}`,
     );
   }
-  if (inputs.layout !== "sparse") throw refusal(file.path, `${file.path} is moved as it is: leave \`layout\` out, or copy it`);
+  if (inputs.layout !== "sparse") throw refusal(file.path, `${file.path} is ${verb} as it is: leave \`layout\` out, or copy it`);
+}
+
+/** In the pool's folder under its own name, of one name, and nobody else's. */
+async function refuseAdoption(host: Host, inputs: DiskInputs, { image }: OpenSource, file: HostFile): Promise<void> {
+  if (inputs.path !== file.path) {
+    throw refusal(
+      file.path,
+      `${file.path} does not lie in ${posix.dirname(inputs.path)}, the folder of the pool ${inputs.pool} on ${host.label}: move it instead of adopting it`,
+    );
+  }
+  if (inputs.name !== undefined && inputs.name !== inputs.diskId) {
+    throw refusal(file.path, `${file.path} is adopted under its own name: leave \`name\` out, or give ${inputs.diskId}`);
+  }
+  if (inputs.capacity !== undefined && inputs.capacity !== image.virtualSizeBytes) {
+    throw refusal(file.path, `${file.path} is adopted as it is, with ${image.virtualSizeBytes} bytes: leave \`capacity\` out`);
+  }
+  if (image.virtualSizeBytes % SECTOR_BYTES !== 0) {
+    throw refusal(file.path, `${file.path} has ${image.virtualSizeBytes} bytes, which is no multiple of ${SECTOR_BYTES}: copy it`);
+  }
+  if (file.links > 1) throw refusal(file.path, `${file.path} on ${host.label} has ${file.links} names (hard links): copy it`);
+  const owner = await ownerOf(host, file, inputs.importId);
+  if (owner !== undefined && owner !== inputs.origin) {
+    throw refusal(
+      file.path,
+      `${file.path} on ${host.label} is the disk of ${owner}: destroy that one with \`onDelete: "retain"\`, or copy the file`,
+    );
+  }
+}
+
+const SECTOR_BYTES = 512;
+
+/** The stamps beside volumes that are bound to the inode of one, whoever's import they are of. */
+const STAMPS_OF = `
+inode=$(stat -c %i -- "$2")
+for stamp in "$1"/*.stamp; do
+  [ -f "$stamp" ] && [ "$(head -n 1 -- "$stamp")" = "$inode" ] && tail -n +2 -- "$stamp" && echo
+done
+exit 0
+`;
+
+/** Whose disk a file is, by the stamp inside or beside it; undefined when it is nobody's, or of the import itself. */
+async function ownerOf(host: Host, file: HostFile, importId: string): Promise<string | undefined> {
+  const inside = (await probe(host, file.path, importId)).file?.stamp;
+  const work = posix.join(posix.dirname(file.path), WORK_FOLDER);
+  const { stdout } = await host.run(["sh", "-c", STAMPS_OF, "virtlift", work, file.path]);
+  const beside = stdout.toString("utf8").split("\n").map(parseStamp);
+  const stamp = [inside, ...beside].find((each) => each !== undefined && each.importId !== importId);
+  return stamp && String(stamp["origin"]);
 }
 
 /** One file system, no other name of the file, and no stamp of another import. */

@@ -9,10 +9,11 @@ import { importDisk, type ImportOptions } from "../transfer/import.ts";
 import { removeLeftover } from "../transfer/leftovers.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
+import { adoptOnHost, releaseOnHost } from "../transfer/adopt.ts";
 import { importOnHost } from "../transfer/on-host.ts";
 import { refreshPool } from "../transfer/volume.ts";
 import { configuredHost, daemonOf, openHost } from "./connect.ts";
-import { openDeclared, publicSource, sourceIdentity, type SourceSettings } from "./disk-source.ts";
+import { adoptedName, isAdopted, openDeclared, publicSource, sourceIdentity, type SourceSettings } from "./disk-source.ts";
 import { parseArgs } from "./parse.ts";
 import { lookAtPlace } from "./place.ts";
 import { machinesReaching } from "./file-users.ts";
@@ -98,6 +99,7 @@ export const importedDisk: Resource<DiskInputs, DiskState> = {
 async function check(context: Context, olds: DiskInputs | undefined, declared: unknown) {
   const news: Record<string, unknown> = { ...(declared as Record<string, unknown>) };
   news["host"] ??= configuredHost(context);
+  if (isAdopted(news["source"])) news["onDelete"] ??= "retain";
   const { args, failures, unknown } = parseArgs(ImportedDiskSchema, news);
   const homeless = failuresOf(judge(HOST_RULES, { host: news["host"] }, {}));
   if (homeless.length > 0) return { inputs: news as never, failures: homeless };
@@ -114,7 +116,7 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
   // Of the import, not of the declaration: stacks and resources that declare the same do not meet at one path.
   const diskId = args.name ?? `${fileName(args.origin)}-${importId.slice(0, 8)}`;
   const volumeName = `${diskId}.${args.format}`;
-  const placed: DiskInputs = { ...args, declaration, importId, diskId, volumeName, path: `/${volumeName}` };
+  const placed: DiskInputs = { ...args, declaration, importId, ...(adoptedName(args) ?? { diskId, volumeName }), path: `/${volumeName}` };
   try {
     const host = openHost(context, args.host);
     const change = olds && (await changeOf(context, olds, placed));
@@ -122,7 +124,7 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
     if (change?.isSameName) return { inputs: { ...args, ...identityOf(olds!) }, failures: conclude(context, subjectOf(placed), refused) };
     const pool = await factsOf(host).pool(args.pool);
     // Partitions and logical volumes have names without endings.
-    const nameThere = pool.isBlock ? diskId : volumeName;
+    const nameThere = pool.isBlock ? placed.diskId : placed.volumeName;
     const inputs = { ...placed, volumeName: nameThere, path: posix.join(pool.path, nameThere) };
     const deployment = deploymentOf(context.hosts);
     const facts = await gatherDisk(host, inputs, deployment, sourceSettings(context));
@@ -225,6 +227,8 @@ function sourceSettings(context: Context): SourceSettings {
   return { scratchFolder: context.config("virtlift:scratch"), signal: context.signal };
 }
 
+const DONE = { copy: "copied", move: "moved", adopt: "adopted" } as const;
+
 type Outputs = Omit<DiskState, keyof DiskInputs>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
@@ -258,14 +262,19 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
       path: source.path,
     });
   }
-  const result = onHost ? await importOnHost(host, { source, ...onHost }, options) : await importDisk(host, source, options);
+  const result =
+    onHost?.mode === "adopt"
+      ? await adoptOnHost(host, { source, ...onHost }, options)
+      : onHost
+        ? await importOnHost(host, { source, ...onHost }, options)
+        : await importDisk(host, source, options);
   const seconds = (performance.now() - startedMs) / 1000;
   const agreed = verified === "content" ? "its content is the source's, block by block" : "both ends agree on every byte";
   const kept = result.keptBytes > 0 ? `, ${formatBytes(result.keptBytes)} were there from an interrupted run` : "";
   context.log(
     "info",
     onHost
-      ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${onHost.mode === "move" ? "moved" : "copied"} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
+      ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${DONE[onHost.mode]} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
       : `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
   );
   const { sourceDigest, contentDigest, allocatedBytes } = result;
@@ -342,6 +351,7 @@ async function update(_context: Context, _id: string, olds: DiskState, news: Dis
 async function remove(context: Context, _id: string, state: DiskState): Promise<void> {
   const host = openHost(context, state.host);
   if (state.onDelete === "retain") {
+    if (isAdopted(state.source)) await releaseOnHost(host, state.path, state.importId);
     context.log("info", `${state.diskId}: ${state.path} stays on ${host.label}, as \`onDelete: "retain"\` says`);
     return;
   }

@@ -118,8 +118,11 @@ const UrlSourceSchema = z.strictObject({
 const HostPathSourceSchema = z.strictObject({
   /** Absolute path of an image, or of a block device, on the host itself. Its bytes do not leave the host. */
   hostPath: z.string().regex(/^\//, "a path on the host is absolute"),
-  /** `copy` (default) leaves the file alone. `move` makes the very file the volume: it must have the volume's format and lie on the pool's file system. */
-  mode: z.enum(["copy", "move"]).default("copy"),
+  /**
+   * `copy` (default) leaves the file alone. `move` makes the very file the volume: it must have the volume's format and lie on the pool's file system.
+   * `adopt` takes a file of the pool's folder as it is and where it is; it is deleted with the disk only where `onDelete: "delete"` is declared.
+   */
+  mode: z.enum(["copy", "move", "adopt"]).default("copy"),
 });
 const VolumeSourceSchema = z.strictObject({
   /** Name of a volume of the host that is cloned. Its bytes do not leave the host. */
@@ -184,7 +187,7 @@ export const ImportedDiskSchema = z.strictObject({
   provenance: z.enum(["migration", "clone", "import", "snapshot"]).default("migration"),
   /** The user's own name for this migration; at most 200 characters. */
   migrationRef: z.string().max(200).optional(),
-  /** What `destroy` does with the volume. Default `delete`. */
+  /** What `destroy` does with the volume. Default `delete`; for an adopted file `retain`. */
   onDelete: z.enum(["delete", "retain"]).default("delete"),
   /** Allow a changed declaration to replace a disk that was written since its import. Default false: it is refused. */
   replaceWritten: z.boolean().default(false),

@@ -143,8 +143,8 @@ export class HostFolder implements Folder {
   }
 }
 
-/** How the bytes get into the volume: `copy` leaves the source alone, `move` makes the source's own file the volume. */
-export type HostMode = "copy" | "move";
+/** How the bytes get into the volume: `copy` leaves the source alone, `move` makes the source's own file the volume, `adopt` takes it where it is. */
+export type HostMode = "copy" | "move" | "adopt";
 
 export interface HostSource {
   /** Opened by `openSource` over the folder. */
@@ -248,7 +248,7 @@ else sha256sum <"$2" || exit 1; [ -z "$1" ] || "$1"sum <"$2"; fi
 `;
 
 /** SHA-256 of a file as it lies on the host, in hex. Throws DiskError (step "source") when another digest was expected. */
-async function digestOnHost(host: Host, path: string, expected: Digest | undefined, signal: AbortSignal): Promise<string> {
+export async function digestOnHost(host: Host, path: string, expected: Digest | undefined, signal: AbortSignal): Promise<string> {
   const other = expected && expected.algorithm !== "sha256" ? expected.algorithm : "";
   const { stdout } = await host.run(["sh", "-c", DIGEST, "virtlift", other, path], { signal, timeoutMs: LONG_MS });
   const [digest = "", found = digest] = stdout

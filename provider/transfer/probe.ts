@@ -135,7 +135,8 @@ function fromBuffer<T>(parser: Parser<T>, bytes: Buffer): T {
   }
 }
 
-function parseStamp(text: string | undefined): Stamp | undefined {
+/** The stamp in a text; undefined when it is none of ours. */
+export function parseStamp(text: string | undefined): Stamp | undefined {
   if (text === undefined) return undefined;
   try {
     const stamp: unknown = JSON.parse(text);

@@ -216,6 +216,35 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         expect(await readdir(bed.poolPath)).toEqual([]);
       });
 
+      it("is adopted where it lies, stays when it is destroyed, and may be adopted again", async () => {
+        const { bed, host } = ways[way];
+        await using caller = await openCaller(host);
+        for (const format of ["qcow2", "raw"]) {
+          const hostPath = join(bed.poolPath, `theirs.${format}`);
+          await qemuImg("convert", "-f", "raw", "-O", format, caller.raw, hostPath);
+          const before = await readFile(hostPath);
+          const source = { hostPath, mode: "adopt" };
+          const state = await caller.create({ source, format });
+          expect(state).toMatchObject({ path: hostPath, diskId: "theirs", onDelete: "retain", sourceDigest: `sha256:${sha256(before)}` });
+          if (format === "qcow2") await qemuImg("check", "-f", "qcow2", hostPath);
+          expect(await guestHash(caller, state, caller.guest.length)).toBe(sha256(caller.guest));
+          expect((await probe(caller.host, hostPath, state.importId)).file).toMatchObject({
+            stamp: { importId: state.importId },
+            untouched: true,
+          });
+          expect(await caller.create({ source, format })).toEqual(state);
+          await using stranger = await openCaller(host);
+          const reasons = await stranger.reason({ origin: "organization/project/stack/other", source, format });
+          expect(reasons).toMatch(/is the disk of organization\/project\/stack\/web: destroy that one with/);
+          await importedDisk.delete(caller.context, state.diskId, state);
+          expect(sha256((await readFile(hostPath)).subarray(65_536))).toBe(sha256(before.subarray(65_536)));
+          expect(await readdir(bed.poolPath)).toEqual([`theirs.${format}`]);
+          const again = await caller.create({ source, format, onDelete: "delete" });
+          await importedDisk.delete(caller.context, again.diskId, again);
+          expect(await readdir(bed.poolPath)).toEqual([]);
+        }
+      });
+
       it("is cloned from a volume, also of another pool", async () => {
         const { bed, host } = ways[way];
         await using caller = await openCaller(host);
@@ -371,6 +400,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         [{ source: { hostPath: at("disk.qcow2"), mode: "move" } }, /has 2 names \(hard links\)/],
         [{ source: { hostPath: at("disk.qcow2"), mode: "move" }, format: "raw" }, /is qcow2 and the volume is to be raw: copy it/],
         [{ source: { hostPath: "/dev/shm/elsewhere.qcow2", mode: "move" } }, /does not lie on the file system of/],
+        [{ source: { hostPath: at("disk.qcow2"), mode: "adopt" } }, /does not lie in .*images, the folder of the pool default/],
         [{ source: { volume: "none" } }, /^source: there is no volume none in the pool default/],
         [{ source: { volume: "none", pool: "nowhere" } }, /^source: there is no volume none in the pool nowhere/],
       ];

@@ -3,7 +3,7 @@ import { posix } from "node:path";
 import { DiskError } from "../../errors.ts";
 import type { Host } from "../../host/hosts.ts";
 import { daemonOf } from "../connect.ts";
-import { previewDeclared, type SourceSettings } from "../disk-source.ts";
+import { isAdopted, previewDeclared, type SourceSettings } from "../disk-source.ts";
 import type { DiskInputs } from "../imported-disk.ts";
 import type { Place } from "../place.ts";
 import { nextPartition } from "../pool.ts";
@@ -51,10 +51,12 @@ export async function gatherDisk(
     pendingDisks(facts, inputs, siblings),
   ]);
   const isNew = place.file === undefined && place.partBytes === 0;
+  const isOwnFile = isAdopted(inputs.source) && place.file !== undefined && place.file.stamp?.importId !== inputs.importId;
   return {
     inputs,
     host: nature,
-    place,
+    // What is to be adopted is no other's file in the way, and has its room already.
+    place: isOwnFile ? { ...place, file: undefined, partBytes: place.file?.allocatedBytes ?? 0 } : place,
     users: machines.filter(({ diskPaths }) => diskPaths.has(inputs.path)).map(({ name }) => name),
     givenName: place.pool.type === "disk" && isNew ? await nextPartition(host, place.pool) : undefined,
     source,

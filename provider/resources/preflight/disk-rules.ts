@@ -265,8 +265,8 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     level: "warn",
     summary: "The package has no manifest, or its manifest says nothing about the disk: nothing vouches for its bytes.",
     remedy: "Export it with a manifest, or give `checksum`.",
-    test: ofSource(({ packed, digests }) => {
-      if (packed === undefined || digests.every((digest) => digest !== undefined)) return [];
+    test: ofSource(({ packed, isVouched }) => {
+      if (packed === undefined || isVouched) return [];
       const reason =
         packed.package.manifest === undefined ? "the package has no manifest" : "the package's manifest does not list the disk";
       return [{ property: "source", sentence: `${reason}, so nothing vouches for its bytes: give \`checksum\`` }];
@@ -277,8 +277,8 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     level: "info",
     summary: "Nothing vouches for the source's bytes: they are taken as they are.",
     remedy: "Give `checksum`.",
-    test: ofSource(({ packed, digests }) =>
-      packed === undefined && digests.some((digest) => digest === undefined)
+    test: ofSource(({ packed, isVouched }) =>
+      packed === undefined && !isVouched
         ? [{ property: "checksum", sentence: "nothing vouches for the source's bytes: give `checksum`" }]
         : [],
     ),
@@ -289,7 +289,7 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     summary: "Only a SHA-1 digest vouches for the source: it shows damage, but no forgery.",
     remedy: "Give `checksum` with SHA-256, or export with a SHA-256 manifest.",
     test: ofSource(({ digests }) =>
-      digests.some((digest) => digest?.algorithm === "sha1")
+      digests.some(({ algorithm }) => algorithm === "sha1")
         ? [
             {
               property: "checksum",
@@ -374,8 +374,9 @@ export function describeCopy(facts: DiskFacts, source: SourceFacts, wireBytes: n
   const size = source.virtualSizeBytes === 0 ? "of a size that shows on import" : `${formatBytes(capacityOf(facts) ?? 0)} virtual`;
   const from = `${source.path} (${source.format} ${source.variant}, ${size}) -> ${host.label}:${inputs.path}`;
   if ("hostPath" in inputs.source || "volume" in inputs.source) {
-    const isMoved = "hostPath" in inputs.source && inputs.source.mode === "move";
-    return `${from}, ${isMoved ? "moved" : "copied"} on ${host.label} itself, nothing to send`;
+    const mode = "hostPath" in inputs.source ? inputs.source.mode : "copy";
+    if (mode === "adopt") return `${from}, adopted as it is: its stamp is written, and nothing is copied`;
+    return `${from}, ${mode === "move" ? "moved" : "copied"} on ${host.label} itself, nothing to send`;
   }
   if ("url" in inputs.source && inputs.source.fetch === "host") return `${from}, fetched by ${host.label} itself, nothing to send`;
   return `${from}, at most ${formatBytes(wireBytes)} to send, about ${formatSeconds(seconds)} (at ${formatBytes(bytesPerSecond)}/s, ${basis})`;
