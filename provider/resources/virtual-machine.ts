@@ -64,7 +64,7 @@ import {
   targetsOf,
   uuidOf,
 } from "./virtual-machine-spec.ts";
-import { deleteVolume, findSnapshots, makeVolume } from "./virtual-machine-volumes.ts";
+import { deleteVolume, findSnapshots, makeVolume, volumesOn } from "./virtual-machine-volumes.ts";
 
 /** VIR_DOMAIN_AFFECT_LIVE and VIR_DOMAIN_AFFECT_CONFIG of libvirt-domain.h. */
 const AFFECT_LIVE = 1;
@@ -626,6 +626,16 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
   const host = openHost(context, state.host);
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, state.uuid);
+  const volumes = existing?.defined.metadata?.volumes.map(({ path }) => path) ?? [];
+  const own = [...new Set([...state.ownVolumes, ...volumes])];
+  for (const path of own) {
+    const [overlay] = await volumesOn(libvirt, path);
+    if (overlay !== undefined) {
+      throw new Error(
+        `${path} on ${host.label} is deleted with ${state.name}, and ${overlay} stands on it: nothing was changed; delete that one first`,
+      );
+    }
+  }
   if (existing) {
     const { domain, defined } = existing;
     if (defined.metadata !== undefined && defined.metadata.origin !== state.origin) {
@@ -640,8 +650,7 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
       if (!isNotFound(error)) throw error;
     }
   }
-  const volumes = existing?.defined.metadata?.volumes.map(({ path }) => path) ?? [];
-  for (const path of new Set([...state.ownVolumes, ...volumes])) await deleteVolume(libvirt, path);
+  for (const path of own) await deleteVolume(libvirt, path);
 }
 
 /** With its NVRAM, the state of its TPM, its saved state and what libvirt knows of its snapshots. */

@@ -209,6 +209,29 @@ describe("a machine with everything", () => {
   });
 });
 
+test("a machine whose disk is the base of another one's is not deleted, and an overlay knows its base", async ({ libvirtd, desk }) => {
+  const template = await placeDisk(libvirtd, "template");
+  const declare = (name: string, path: string) => ({
+    origin: `acme/shop/prod/${name}`,
+    host: libvirtd.uri,
+    domainType: "qemu",
+    powerState: "stopped",
+    image: { path, mode: "overlay" },
+  });
+  const base = await desk.checked(declare("base", template));
+  const made = await virtualMachine.create(desk.context, base);
+  const top = await desk.checked(declare("top", base.diskPaths[0]!));
+  expect(top.image?.template).toEqual({ path: base.diskPaths[0], format: "qcow2" });
+  const overlay = await virtualMachine.create(desk.context, top);
+  await expect(virtualMachine.delete(desk.context, made.id, made.state)).rejects.toThrow(
+    "top-boot.qcow2 stands on it: nothing was changed",
+  );
+  expect(await libvirtd.virsh("list", "--all", "--name")).toContain("base");
+  await virtualMachine.delete(desk.context, overlay.id, overlay.state);
+  await virtualMachine.delete(desk.context, made.id, made.state);
+  expect((await readdir(libvirtd.poolPath)).filter((name) => name.includes("-boot"))).toEqual([]);
+});
+
 describe("patches", () => {
   test.for([
     [{ path: "devices/nothing", remove: true }, "there is no element devices/nothing"],
