@@ -148,14 +148,19 @@ export class Batch implements AsyncDisposable {
 
   /**
    * Previews, then brings every machine to what the manifest says. A machine that may not start keeps all others from starting, unless `skipBlocked`.
-   * `usePlans` refuses what is no longer as the saved plan has it.
+   * `usePlans` refuses what is no longer as the saved plan has it. `onPlan` is told what the previews came to, before anything starts.
    */
   async up(
     selection: Selection = {},
-    { usePlans = false, skipBlocked = false }: { readonly usePlans?: boolean; readonly skipBlocked?: boolean } = {},
+    {
+      usePlans = false,
+      skipBlocked = false,
+      onPlan,
+    }: { readonly usePlans?: boolean; readonly skipBlocked?: boolean; readonly onPlan?: (plan: BatchPlan) => void } = {},
   ): Promise<BatchResult> {
     return this.#within("up", selection, async (machines) => {
       const plan = await this.#plan(machines, false);
+      onPlan?.(plan);
       const blocked = plan.machines.filter(({ action }) => action === "blocked").map(({ machine }) => machine.name);
       const hold = blocked.length > 0 && !skipBlocked;
       const isHeld = (machine: BatchMachine): string | undefined => {

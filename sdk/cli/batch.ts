@@ -9,7 +9,7 @@ import type { BatchPlan } from "../batch/plan.ts";
 import { readReport, renderReport } from "../batch/report.ts";
 import { formatBytes, formatSeconds, formatTable, printable } from "../batch/words.ts";
 import { type Command, parseCommand, UsageError } from "./command.ts";
-import { openView } from "./view.ts";
+import { openView, type View } from "./view.ts";
 
 const SELECTION = {
   only: { type: "string", multiple: true },
@@ -40,7 +40,7 @@ function selectionOf({ only, label, wave, state }: Selected): Selection {
 }
 
 /** Opens the batch with a view of it, and lets Ctrl-C stop it. The result of `work` is the exit code, unless it was interrupted. */
-async function drive(manifest: string, json: boolean, work: (batch: Batch) => Promise<number>): Promise<number> {
+async function drive(manifest: string, json: boolean, work: (batch: Batch, view: View) => Promise<number>): Promise<number> {
   await using view = openView(json);
   await using batch = await openBatch(manifest, { onEvent: (event) => view.show(event) });
   view.expect(batch.manifest.machines);
@@ -51,7 +51,7 @@ async function drive(manifest: string, json: boolean, work: (batch: Batch) => Pr
   };
   process.on("SIGINT", onSignal).on("SIGTERM", onSignal);
   try {
-    const code = await work(batch);
+    const code = await work(batch, view);
     return isInterrupted ? 130 : code;
   } finally {
     process.off("SIGINT", onSignal).off("SIGTERM", onSignal);
@@ -64,8 +64,9 @@ const plan: Command = {
   summary: "Previews all machines and looks at them together; changes nothing. --save keeps the plans for `up --plan`.",
   async run(argv) {
     const { values, positionals } = parseCommand(argv, { ...SELECTION, save: { type: "boolean" } }, ["<manifest>"]);
-    return drive(positionals[0]!, values.json === true, async (batch) => {
+    return drive(positionals[0]!, values.json === true, async (batch, view) => {
       const planned = await batch.plan(selectionOf(values), { save: values.save === true });
+      view.settle();
       showPlan(planned, values.json === true);
       return planned.isClear ? 0 : 1;
     });
@@ -79,9 +80,16 @@ const up: Command = {
   async run(argv) {
     const options = { ...SELECTION, plan: { type: "boolean" }, "skip-blocked": { type: "boolean" } } as const;
     const { values, positionals } = parseCommand(argv, options, ["<manifest>"]);
-    return drive(positionals[0]!, values.json === true, async (batch) => {
-      const result = await batch.up(selectionOf(values), { usePlans: values.plan === true, skipBlocked: values["skip-blocked"] === true });
-      if (result.plan !== undefined && !result.plan.isClear) showPlan(result.plan, values.json === true);
+    return drive(positionals[0]!, values.json === true, async (batch, view) => {
+      const result = await batch.up(selectionOf(values), {
+        usePlans: values.plan === true,
+        skipBlocked: values["skip-blocked"] === true,
+        onPlan: (planned) => {
+          view.settle();
+          showPlan(planned, values.json === true);
+        },
+      });
+      view.settle();
       return showResult(result, values.json === true);
     });
   },
@@ -93,9 +101,11 @@ const refresh: Command = {
   summary: "Reads what the machines are like now, so that the next plan shows what was changed by hand.",
   async run(argv) {
     const { values, positionals } = parseCommand(argv, SELECTION, ["<manifest>"]);
-    return drive(positionals[0]!, values.json === true, async (batch) =>
-      showResult(await batch.refresh(selectionOf(values)), values.json === true),
-    );
+    return drive(positionals[0]!, values.json === true, async (batch, view) => {
+      const result = await batch.refresh(selectionOf(values));
+      view.settle();
+      return showResult(result, values.json === true);
+    });
   },
 };
 
@@ -106,9 +116,11 @@ const destroy: Command = {
   async run(argv) {
     const { values, positionals } = parseCommand(argv, { ...SELECTION, yes: { type: "boolean" } }, ["<manifest>"]);
     if (values.yes !== true && !(await isConfirmed())) throw new UsageError("nothing was destroyed: confirm it, or give --yes");
-    return drive(positionals[0]!, values.json === true, async (batch) =>
-      showResult(await batch.destroy(selectionOf(values)), values.json === true),
-    );
+    return drive(positionals[0]!, values.json === true, async (batch, view) => {
+      const result = await batch.destroy(selectionOf(values));
+      view.settle();
+      return showResult(result, values.json === true);
+    });
   },
 };
 

@@ -11,6 +11,8 @@ export interface View extends AsyncDisposable {
   /** The machines there are, in the order in which they are shown. */
   expect(machines: readonly BatchMachine[]): void;
   show(event: BatchEvent): void;
+  /** Lets what is shown stay as it is, so that other output may follow it; what comes is shown below. */
+  settle(): void;
 }
 
 /** For this process's terminal. */
@@ -32,6 +34,10 @@ class LineView implements View {
 
   expect(): void {
     // Lines name their machine.
+  }
+
+  settle(): void {
+    // Lines stay anyway.
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -76,6 +82,9 @@ interface Row {
 /** Source: ECMA-48, as every terminal does: 31 red, 32 green, 33 yellow, 36 cyan, 90 grey. */
 const COLOURS = { failed: 31, done: 32, warned: 33, busy: 36, quiet: 90 } as const;
 
+/** A machine that nothing was done to yet: it is not shown. */
+const EMPTY_ROW: Readonly<Row> = { phase: "", progress: "", said: "", colour: COLOURS.quiet };
+
 /** One row a machine, redrawn in place; more rows than the terminal has are cut to those that matter. */
 class TableView implements View {
   readonly #rows = new Map<string, Row>();
@@ -91,7 +100,7 @@ class TableView implements View {
   expect(machines: readonly BatchMachine[]): void {
     for (const { name, wave } of machines) {
       this.#waves.set(name, wave);
-      this.#rows.set(name, { phase: "", progress: "", said: "", colour: COLOURS.quiet });
+      this.#rows.set(name, { ...EMPTY_ROW });
     }
   }
 
@@ -132,9 +141,14 @@ class TableView implements View {
     }
   }
 
+  settle(): void {
+    this.#draw();
+    this.#drawnLines = 0;
+    for (const row of this.#rows.values()) Object.assign(row, EMPTY_ROW);
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     clearInterval(this.#timer);
-    this.#isDirty = true;
     this.#draw();
   }
 

@@ -54,6 +54,21 @@ test("draws one row a machine, redraws it in place, and leaves the last frame", 
   expect(frame.split("\n")).toHaveLength(3);
 });
 
+test("lets a settled table stand, and shows what comes below it", async () => {
+  const written = captureTerminal();
+  await using view = openView(false);
+  view.expect(machines);
+  view.show(copying);
+  view.settle();
+  const settled = written.length;
+  view.show(failed);
+  view.settle();
+  const later = written.slice(settled).join("");
+  expect(later).not.toContain("\u001b[1A");
+  expect(later).toContain("db");
+  expect(later).not.toContain("web");
+});
+
 test("says as a line what a reader of a log wants to know, and nothing that a terminal would obey", () => {
   expect([copying, progress, failed].map(lineOf)).toEqual([
     "web: copying",
