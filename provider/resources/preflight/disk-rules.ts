@@ -265,8 +265,8 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     level: "warn",
     summary: "The package has no manifest, or its manifest says nothing about the disk: nothing vouches for its bytes.",
     remedy: "Export it with a manifest, or give `checksum`.",
-    test: ofSource(({ packed, isVouched }) => {
-      if (packed === undefined || isVouched) return [];
+    test: ofSource(({ packed, digests }) => {
+      if (packed === undefined || digests.every((digest) => digest !== undefined)) return [];
       const reason =
         packed.package.manifest === undefined ? "the package has no manifest" : "the package's manifest does not list the disk";
       return [{ property: "source", sentence: `${reason}, so nothing vouches for its bytes: give \`checksum\`` }];
@@ -277,8 +277,8 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     level: "info",
     summary: "Nothing vouches for the source's bytes: they are taken as they are.",
     remedy: "Give `checksum`.",
-    test: ofSource(({ packed, isVouched }) =>
-      packed === undefined && !isVouched
+    test: ofSource(({ packed, digests }) =>
+      packed === undefined && digests.some((digest) => digest === undefined)
         ? [{ property: "checksum", sentence: "nothing vouches for the source's bytes: give `checksum`" }]
         : [],
     ),
@@ -289,7 +289,7 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     summary: "Only a SHA-1 digest vouches for the source: it shows damage, but no forgery.",
     remedy: "Give `checksum` with SHA-256, or export with a SHA-256 manifest.",
     test: ofSource(({ digests }) =>
-      digests.some(({ algorithm }) => algorithm === "sha1")
+      digests.some((digest) => digest?.algorithm === "sha1")
         ? [
             {
               property: "checksum",

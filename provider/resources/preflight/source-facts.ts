@@ -24,7 +24,7 @@ export interface SourceFacts extends DiskOrigin {
   readonly dataBytes: number;
   /** The size of all its files, as they lie there. */
   readonly fileBytes: number;
-  /** What vouches for each of the files. */
+  /** What vouches for its bytes; undefined stands for those that nothing vouches for. */
   readonly digests: readonly (Digest | undefined)[];
   /** What the parsers noted, one sentence each. */
   readonly notes: readonly string[];
@@ -32,7 +32,7 @@ export interface SourceFacts extends DiskOrigin {
 
 /** Throws DiskError when the image's tables are refused, or a file cannot be read. */
 export async function gatherSource(source: OpenSource): Promise<SourceFacts> {
-  const { path, image, files, packed, notes } = source;
+  const { path, image, files, packed, isVouched, notes } = source;
   const runs = await source.runs();
   const allocatedBytes = files.reduce((sum, file) => sum + file.allocatedBytes, 0);
   const start = await readGuestStart(source, runs, Math.min(PARTITION_TABLE_BYTES, image.virtualSizeBytes));
@@ -44,7 +44,7 @@ export async function gatherSource(source: OpenSource): Promise<SourceFacts> {
     // Plain data cannot be more than what the files occupy, holes left out.
     dataBytes: image.format === "raw" ? Math.min(runs.dataBytes, allocatedBytes) : runs.dataBytes,
     fileBytes: files.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0),
-    digests: files.map(({ expected }) => expected),
+    digests: isVouched ? files.flatMap(({ expected }) => expected ?? []) : [undefined],
     notes,
     partitions: start && readPartitions(start),
     packed,

@@ -1,7 +1,7 @@
 /** Blocking rules against the real thing, both sides: with the rule the check stops; without it, the thing fails there, or comes out broken. */
 import { copyFile, mkdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { describe, expect, test as base } from "vitest";
+import { describe, expect, test as base, vi } from "vitest";
 import { prepareGuest } from "../../../scripts/guest/guest.ts";
 import { type Libvirtd, openLibvirtd } from "../../bed/libvirtd.ts";
 import { guestOf, qemuImg, writeRaw } from "../../image/qemu.ts";
@@ -13,6 +13,9 @@ interface Fixtures {
   readonly libvirtd: Libvirtd;
   readonly desk: Desk;
 }
+
+/** Making the proof guest for the first time takes a minute. */
+vi.setConfig({ testTimeout: 120_000 });
 
 const test = base.extend<Fixtures>({
   libvirtd: [
