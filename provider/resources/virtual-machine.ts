@@ -64,6 +64,7 @@ import {
   targetsOf,
   uuidOf,
 } from "./virtual-machine-spec.ts";
+import { domainsUsing } from "./usage.ts";
 import { deleteVolume, findSnapshots, makeVolume, volumesOn } from "./virtual-machine-volumes.ts";
 
 /** VIR_DOMAIN_AFFECT_LIVE and VIR_DOMAIN_AFFECT_CONFIG of libvirt-domain.h. */
@@ -121,7 +122,8 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   const identified: Identified = {
     ...args,
     ...kept,
-    name: args.name ?? (args.adopt ? base?.name : undefined) ?? nameOf(args.origin),
+    // A resource that got another logical name, with an alias, is still the same machine.
+    name: args.name ?? (args.adopt || base?.declared.includes("name") === false ? base?.name : undefined) ?? nameOf(args.origin),
     uuid: args.uuid ?? base?.uuid ?? uuidOf(args.origin),
     declared: given,
   };
@@ -633,6 +635,13 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
     if (overlay !== undefined) {
       throw new Error(
         `${path} on ${host.label} is deleted with ${state.name}, and ${overlay} stands on it: nothing was changed; delete that one first`,
+      );
+    }
+    // By hand it may have got into another machine, beside this one or in place of it.
+    const user = (await domainsUsing(libvirt, path)).find((name) => name !== existing?.defined.name);
+    if (user !== undefined) {
+      throw new Error(
+        `${path} on ${host.label} is deleted with ${state.name}, and the machine ${user} uses it: nothing was changed; remove it there first`,
       );
     }
   }

@@ -85,6 +85,15 @@ describe("check", () => {
     expect([moved.uuid, moved.macAddresses]).toEqual(["0b0e6d2e-5a4e-4d8c-9f8e-3f1c55f0a001", first.macAddresses]);
   });
 
+  test("stays the same machine under another logical name, unless its name was declared", async ({ desk, host }) => {
+    const first = await desk.checked(args(host));
+    const origin = "acme/shop/prod/shop-web";
+    const renamed = await desk.checked(args(host, { origin }), first);
+    expect([renamed.name, renamed.uuid, renamed.serialLog]).toEqual([first.name, first.uuid, first.serialLog]);
+    const named = await desk.checked(args(host, { origin, name: "web-1" }));
+    expect((await desk.checked(args(host, { origin }), named)).name).toBe("shop-web");
+  });
+
   test("places an imported disk in its pool when only its id is known", async ({ desk, host }) => {
     const { diskPaths } = await desk.checked(
       args(host, {
@@ -461,6 +470,24 @@ describe("a machine's life", () => {
     const { id, state } = await virtualMachine.create(desk.context, await desk.checked(args(host)));
     const moved = { ...state, origin: "acme/shop/stage/web" };
     await expect(virtualMachine.delete(desk.context, id, moved)).rejects.toThrow(`belongs to ${ORIGIN} and is not deleted`);
+  });
+
+  test("delete refuses while another machine has a volume of its own, and leaves both as they are", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host, { disks: [{ size: "1MiB", name: "data", pool: "default-pool" }] }));
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    const libvirt = await libvirtOf(desk, host);
+    const [path] = state.ownVolumes;
+    const disk = `<disk type="file" device="disk"><source file="${path}"/><target dev="sda" bus="sata"/></disk>`;
+    await libvirt.domainDefineXML(
+      `<domain type="test"><name>theirs</name><memory>65536</memory><os><type>hvm</type></os><devices>${disk}</devices></domain>`,
+    );
+    await expect(virtualMachine.delete(desk.context, id, state)).rejects.toThrow(/the machine theirs uses it: nothing was changed/);
+    expect(await xmlOf(desk, host)).toContain(path);
+    await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("web"), 0);
+    await expect(virtualMachine.delete(desk.context, id, state)).rejects.toThrow(/the machine theirs uses it: nothing was changed/);
+    await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("theirs"), 0);
+    await virtualMachine.delete(desk.context, id, state);
+    await expect(libvirt.storageVolLookupByPath(path!)).rejects.toThrow(LibvirtError);
   });
 
   test("a machine that was undefined by hand is made again by an update", async ({ desk, host }) => {
