@@ -89,10 +89,7 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
     }
     const declared = await open(host, inputs, settings, true);
     await using opened = declared.source;
-    const facts = await gatherSource(opened);
-    const vouched = checksum !== undefined && facts.digests.length === 1 && facts.digests[0] === undefined;
-    // Of a package as a whole.
-    return vouched ? { ...facts, digests: [await resolveChecksum(checksum, posix.basename(facts.path), settings)] } : facts;
+    return await gatherSource(opened);
   } catch (error) {
     if (error instanceof DiskError) return error;
     if (error instanceof ConnectionError && ("url" in source || checksum?.startsWith("http"))) {

@@ -9,6 +9,7 @@ import { DiskError } from "../../provider/errors.ts";
 import { lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../../provider/transfer/source.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { guestOf, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+import { openWebServer } from "./web-server.ts";
 
 const execute = promisify(execFile);
 const MIB = 1024 * 1024;
@@ -231,6 +232,23 @@ describe("an OVA", () => {
     bytes[bytes.indexOf(await readFile(wrapped)) + 4]! ^= 1;
     await writeFile(ova, bytes);
     await expect(bench.open({ ova })).rejects.toThrow(/disk\.raw\.gz is damaged: its sha256/);
+  });
+
+  it("is read through a web server by its member alone, or whole where its checksum is promised", async () => {
+    await using bench = await openBench();
+    await using server = await openWebServer();
+    const noise = await writeRaw(bench.path("disk.raw"), guestOf(12 * MIB, [{ offset: 0, length: 9 * MIB, content: "noise" }]));
+    await qemuImg("convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", noise, bench.path("disk.vmdk"));
+    const bytes = await readFile(await writeOva(bench, bench.path("disk.vmdk")));
+    server.files.set("/web.ova", { bytes });
+    const url = `${server.origin}/web.ova`;
+    for (const options of [{}, { checksum: `sha256:${sha256(bytes)}` }]) {
+      expect((await bench.lookAhead({ url }, options)) !== undefined).toBe("checksum" in options);
+      await using source = await bench.open({ url }, options);
+      expect(source.packed?.disk.place?.name).toBe("disk.vmdk");
+      expect(sha256(await bytesOf(source))).toBe(sha256(await readFile(bench.path("disk.vmdk"))));
+    }
+    await expect(bench.open({ url }, { checksum: `sha256:${"0".repeat(64)}` })).rejects.toThrow(/web\.ova is damaged/);
   });
 
   it("must itself have the checksum that is promised", async () => {
