@@ -69,7 +69,9 @@ export interface OpenSource extends AsyncDisposable {
   readonly files: readonly SourceFile[];
   /** The machine that the disk was packed with, and which of its disks it is; undefined outside of an OVA or OVF. */
   readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
-  /** Sentences for the user: what the parsers noted, what was staged, and whether a digest vouches for the source. */
+  /** Whether a digest, the user's or a manifest's, covers all of its bytes. */
+  readonly isVouched: boolean;
+  /** Sentences for the user: what the parsers noted, and what was staged. */
   readonly notes: readonly string[];
   /** Reads the image's tables: what lies where in the files. Throws DiskError (step "header") when they are refused. */
   runs(): Promise<RunList>;
@@ -193,14 +195,14 @@ class Opening {
         read: (offset, length) => range.read(offset, length),
       });
     }
-    const isVouched =
-      files.every((each) => each.expected !== undefined) || (declared !== undefined && isCompared) || inside?.digest !== undefined;
     return {
       path: this.path,
       image,
       files,
       packed: inside?.packed,
-      notes: [...this.#notes, ...image.notes, ...(isVouched ? [] : [NOT_VOUCHED])],
+      isVouched:
+        files.every((each) => each.expected !== undefined) || (declared !== undefined && isCompared) || inside?.digest !== undefined,
+      notes: [...this.#notes, ...image.notes],
       runs: async () => {
         try {
           return await drive(image.runs(), resolve);
@@ -254,7 +256,7 @@ class Opening {
       image: await imageAhead(bytes, sizeBytes, isWhole),
       fileBytes: range.knownSizeBytes,
       expected: vouched,
-      notes: [...this.#notes, `${words}: a temporary copy ${size} lies in ${folder} during the import`, ...(vouched ? [] : [NOT_VOUCHED])],
+      notes: [...this.#notes, `${words}: a temporary copy ${size} lies in ${folder} during the import`],
     };
   }
 
@@ -309,8 +311,6 @@ class Opening {
 function isDescriptorName(name: string): boolean {
   return name.toLowerCase().endsWith(".ovf");
 }
-
-const NOT_VOUCHED = "no checksum vouches for the source: give `checksum`, or an OVA with a manifest";
 
 /** What the first bytes of a file tell about the image in it; undefined when it is a package, or goes on where they end. A fixed VHD, told by its last bytes, shows as raw. */
 export async function imageAhead(bytes: Buffer, sizeBytes: number | undefined, isWhole: boolean): Promise<StagedOutlook["image"]> {

@@ -1,0 +1,40 @@
+/** `virtlift check`, in a process of its own. */
+import { execFile } from "node:child_process";
+import { writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { execPath } from "node:process";
+import { expect, test } from "vitest";
+import { qemuImg } from "../image/qemu.ts";
+import { openLibvirtd } from "../bed/libvirtd.ts";
+
+const CLI = join(import.meta.dirname, "../../sdk/cli.ts");
+
+const virtlift = (...argv: readonly string[]) =>
+  new Promise<{ readonly code: number; readonly stdout: string; readonly stderr: string }>((resolve) => {
+    const child = execFile(execPath, [CLI, ...argv], (_error, stdout, stderr) => resolve({ code: child.exitCode ?? -1, stdout, stderr }));
+  });
+
+test("its exit code tells the worst level, and its findings come as a table or as JSON", async () => {
+  await using libvirtd = await openLibvirtd();
+  const file = join(libvirtd.directory, "plain.raw");
+  await writeFile(file, Buffer.alloc(65_536, 1));
+  const fine = await virtlift("check", file, "--host", libvirtd.uri);
+  expect(fine).toMatchObject({ code: 0, stderr: "" });
+  expect(fine.stdout).toMatch(/plain\.raw \(raw .*-> this machine:.*\n[\s\S]*info +disk 0 +checksum: .*\(virtlift\/no-checksum\)/);
+
+  const zeros = join(libvirtd.directory, "zeros.qcow2");
+  await qemuImg("create", "-q", "-f", "qcow2", zeros, "1M");
+  expect(await virtlift("check", zeros, "--host", libvirtd.uri)).toMatchObject({
+    code: 1,
+    stdout: expect.stringContaining("(virtlift/empty-image)"),
+  });
+
+  const refused = await virtlift("check", join(libvirtd.directory, "none.vmdk"), "--host", libvirtd.uri, "--json");
+  expect(refused.code).toBe(2);
+  expect(JSON.parse(refused.stdout)).toMatchObject({
+    verdict: "block",
+    plan: [],
+    findings: [{ resource: "disk 0", rule: "virtlift/source-missing", level: "block", property: "source" }],
+  });
+  expect(await virtlift("check", file)).toMatchObject({ code: 2, stderr: expect.stringContaining("give the host") });
+}, 60_000);
