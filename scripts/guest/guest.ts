@@ -38,6 +38,7 @@ const DRIVERS = [
   "button",
   "evdev",
   "virtio_balloon",
+  "virtio_console",
   "sr_mod",
   "isofs",
 ];
@@ -61,6 +62,11 @@ export interface GuestOptions {
    * change, and powers off when the power button (ACPI) is pressed.
    */
   readonly stay?: boolean;
+  /**
+   * Of a guest that stays: whether it answers as QEMU's guest agent would to a ping, for its name, which is `proof`, and for its addresses, one of which
+   * is 2001:db8::77. Default false.
+   */
+  readonly agent?: boolean;
   /** Whether it tells the SHA-256 of each disk up to 256 MiB. Default true; costs about 0.1 s a MiB where the CPU is emulated. */
   readonly hash?: boolean;
 }
@@ -81,7 +87,11 @@ export interface GuestImage {
 export async function prepareGuest(format: GuestFormat = "raw", options: GuestOptions = {}): Promise<GuestImage> {
   const sizeMiB = options.sizeMiB ?? 64;
   const parts = await prepareParts();
-  const flags = [options.stay === true ? "virtlift.stay" : [], options.hash === false ? [] : "virtlift.hash"].flat();
+  const flags = [
+    options.stay === true ? "virtlift.stay" : [],
+    options.agent === true ? "virtlift.agent" : [],
+    options.hash === false ? [] : "virtlift.hash",
+  ].flat();
   const directory = join(parts, ["disk", String(sizeMiB), ...flags].join("-"));
   const raw = join(directory, "disk.raw");
   await fillOnce(directory, async (temporary) => {

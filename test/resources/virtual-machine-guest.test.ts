@@ -143,6 +143,38 @@ describe("a guest by UEFI", () => {
   }, 120_000);
 });
 
+describe("a guest with an agent", () => {
+  test("is waited for until it answers and has addresses of both kinds, and tells its name", async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    const path = await placeGuest(libvirtd, "agent-root", { stay: true, agent: true });
+    const waitFor = ["agent", "ipv6", "ipv4"].map((type) => ({ type, timeoutSeconds: 150 }));
+    const networks = [{ network: "default" }];
+    const inputs = await desk.checked(machine(libvirtd, "agent", { importedDisk: { diskId: "agent-root", path }, networks, waitFor }));
+    const { id, state } = await virtualMachine.create(context, inputs);
+    // Loopback and link-local addresses, which the agent tells too, reach nobody.
+    expect(state.ipAddresses).toEqual([expect.stringMatching(/^192\.168\.122\.\d+$/), "2001:db8::77"]);
+    expect(state.hostname).toBe("proof");
+    expect((await virtualMachine.read(context, id, state))?.state.hostname).toBe("proof");
+    await virtualMachine.delete(context, id, state);
+  }, 240_000);
+
+  test("that does not come is told of with what was seen", async ({ libvirtd, desk }) => {
+    await libvirtd.virsh("vol-create-as", "default", "mute.qcow2", "1M", "--format", "qcow2");
+    const importedDisk = { diskId: "mute", path: join(libvirtd.poolPath, "mute.qcow2") };
+    for (const [type, words] of [
+      ["agent", /showed no guest agent within 0.1 s: .*guest agent is not connected/i],
+      ["ipv6", /showed no IPv6 address within 0.1 s: it has no lease, no guest agent that answers/],
+    ] as const) {
+      const waitFor = [{ type, timeoutSeconds: 0.1 }];
+      const inputs = await desk.checked(machine(libvirtd, "mute", { importedDisk, waitFor, shutdownTimeoutSeconds: 1 }));
+      const failed = await virtualMachine.create(desk.context, inputs).catch((error: unknown) => error);
+      if (!(failed instanceof Incomplete)) throw failed;
+      expect(failed.message).toMatch(words);
+      await virtualMachine.delete(desk.context, inputs.uuid, failed.state as Parameters<typeof virtualMachine.delete>[2]);
+    }
+  });
+});
+
 describe("without a guest system", () => {
   test("a copy of a template of another format stands alone, at the size that is asked for", async ({ libvirtd, desk }) => {
     const guest = await prepareGuest("raw", { hash: false });
