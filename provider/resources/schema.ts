@@ -142,6 +142,8 @@ function keysOf(input: unknown): string {
 }
 export type Source = z.output<typeof SourceSchema>;
 
+const DIGEST = /^(sha1:[0-9a-f]{40}|sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/i;
+
 /** The arguments of `ImportedDisk`. */
 export const ImportedDiskSchema = z.strictObject({
   /** The host that gets the disk. Default: the stack's configuration `virtlift:host`. */
@@ -163,19 +165,12 @@ export const ImportedDiskSchema = z.strictObject({
    * (SHA256SUMS) in which the file's name stands. Default: the OVF manifest's, where there is one.
    */
   checksum: z
-    .union(
-      [
-        z
-          .string()
-          .regex(/^(sha1:[0-9a-fA-F]{40}|sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128})$/)
-          .transform((checksum) => checksum.toLowerCase()),
-        z
-          .string()
-          .regex(/^https?:\/\//i)
-          .refine((url) => urlFault(url) === undefined),
-      ],
-      'a checksum is "sha256:" and 64 hex digits (or sha1, sha512), or the URL of a list of them',
+    .string()
+    .regex(
+      /^(sha1:[0-9a-fA-F]{40}|sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128}|https?:\/\/[^/@]+\/.*)$/,
+      'a checksum is "sha256:" and 64 hex digits (or sha1, sha512), or the URL of a list of them without user and password',
     )
+    .transform((checksum) => (checksum.startsWith("http") ? checksum : checksum.toLowerCase()))
     .optional(),
   /**
    * How the import is proved before the volume is published. `digest` (default): both ends hash what was sent. `content`: besides, the host's own qemu-img
