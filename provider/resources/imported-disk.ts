@@ -58,6 +58,8 @@ export interface DiskState extends DiskInputs {
   readonly verified?: "digest" | "content";
   /** Set where the bytes went through libvirt's upload stream: a raw volume then carries no stamp. */
   readonly isUploaded?: true | undefined;
+  /** Where the file system of its folder was mounted when it was imported; undefined where nobody could tell. */
+  readonly mountPoint?: string | undefined;
 }
 
 /** The keys whose change makes another disk. */
@@ -232,12 +234,12 @@ const DONE = { copy: "copied", move: "moved", adopt: "adopted" } as const;
 type Outputs = Omit<DiskState, keyof DiskInputs>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
-  const { file, pool, uploadReason, partBytes } = await lookAtPlace(host, inputs);
+  const { file, pool, uploadReason, partBytes, mountPoint } = await lookAtPlace(host, inputs);
   const finished = isFinishedBy(inputs.importId, file) ? outputsOf(file.stamp, file) : undefined;
   if (finished) {
     if (uploadReason === undefined && partBytes > 0) await removeLeftover(host, { id: inputs.importId, path: partPath(inputs) });
     context.log("info", `${inputs.diskId}: ${inputs.path} on ${host.label} was finished by an earlier run`);
-    return finished;
+    return { ...finished, mountPoint };
   }
   const startedMs = performance.now();
   const { source, onHost } = await openDeclared(host, inputs, sourceSettings(context));
@@ -284,6 +286,7 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     sourceDigest,
     contentDigest,
     verified,
+    mountPoint,
     ...(uploadReason !== undefined && { isUploaded: true }),
   };
 }
@@ -315,8 +318,9 @@ async function read(context: Context, id: string, state: DiskState) {
   await assertNotMoved(host, state);
   try {
     await libvirt.storageVolLookupByName(pool, state.volumeName);
-    const { file } = await lookAtPlace(host, state);
+    const { file, mountPoint } = await lookAtPlace(host, state);
     if (!file) {
+      assertMounted(host, state, mountPoint);
       // libvirt remembers the folder as it last saw it: a file removed by hand is gone only when it says so too.
       await libvirt.storageVolLookupByName(await refreshPool(libvirt, state.pool), state.volumeName);
     }
@@ -328,7 +332,8 @@ async function read(context: Context, id: string, state: DiskState) {
 }
 
 function inputsOf(state: DiskState): DiskInputs {
-  const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, isUploaded: _u, ...inputs } = state;
+  const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, verified: _w, ...rest } = state;
+  const { isUploaded: _u, mountPoint: _m, ...inputs } = rest;
   return inputs;
 }
 
@@ -342,10 +347,19 @@ async function assertNotMoved(host: Host, { pool: name, path, volumeName }: Disk
   );
 }
 
+/** An empty folder where another file system should be mounted says nothing about what is on that. */
+function assertMounted(host: Host, state: DiskState, mountPoint: string | undefined): void {
+  if (state.mountPoint === undefined || mountPoint === undefined || mountPoint === state.mountPoint) return;
+  throw new DiskError(
+    `${state.path} on ${host.label} was imported to what is mounted at ${state.mountPoint}, and nothing is mounted there now: mount it, or run pulumi state delete`,
+    { step: "publish", path: state.path },
+  );
+}
+
 /** Nothing on the host changes: what would change the disk replaces it. */
 async function update(_context: Context, _id: string, olds: DiskState, news: DiskInputs): Promise<DiskState> {
-  const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, isUploaded } = olds;
-  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, isUploaded };
+  const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified = "digest", isUploaded, mountPoint } = olds;
+  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified, isUploaded, mountPoint };
 }
 
 async function remove(context: Context, _id: string, state: DiskState): Promise<void> {
@@ -356,7 +370,8 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
     return;
   }
   await assertNotMoved(host, state);
-  const { file, uploadReason } = await lookAtPlace(host, state);
+  const { file, uploadReason, mountPoint } = await lookAtPlace(host, state);
+  if (!file) assertMounted(host, state, mountPoint);
   const libvirt = await host.libvirt();
   // First, so that libvirt knows the overlays that were made since.
   const pool = await refreshPool(libvirt, state.pool);

@@ -22,6 +22,8 @@ export interface Place {
   readonly freeBytes: number | undefined;
   /** Bytes that an interrupted run of the same import has allocated. */
   readonly partBytes: number;
+  /** Where the file system that holds the folder is mounted, as commands on the host see it. */
+  readonly mountPoint?: string | undefined;
   /** What is there under the disk's name, unless it is that part. */
   readonly file: VolumeFile | undefined;
 }
@@ -45,8 +47,8 @@ export async function lookAtPlace(host: Host, disk: PlacedDisk): Promise<Place> 
   if (seen.folder === "none" || (pool.type !== "dir" && !seen.isMountPoint)) {
     return lookByLibvirt(host, pool, disk, `commands on ${host.label} do not see the storage that libvirt has at ${folder}`);
   }
-  const { freeBytes, partBytes, file } = seen;
-  return { pool, uploadReason: undefined, freeBytes, partBytes, file };
+  const { freeBytes, partBytes, mountPoint, file } = seen;
+  return { pool, uploadReason: undefined, freeBytes, partBytes, mountPoint, file };
 }
 
 async function lookByLibvirt(host: Host, pool: ActivePool, disk: PlacedDisk, uploadReason: string): Promise<Place> {

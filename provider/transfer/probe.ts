@@ -16,6 +16,7 @@ echo 'shell yes'
 for tool in $tools; do command -v "$tool" >/dev/null 2>&1 || printf 'missing %s\\n' "$tool"; done
 if [ ! -d "$folder" ]; then echo 'folder none'; elif [ -w "$folder" ] && [ -x "$folder" ]; then echo 'folder writable'; else echo 'folder refused'; fi
 [ "$(stat -c %d -- "$folder" 2>/dev/null)" = "$(stat -c %d -- "$folder/.." 2>/dev/null)" ] || echo 'mount yes'
+printf 'under %s\\n' "$(stat -L -c %m -- "$folder" 2>/dev/null)"
 printf 'user %s\\n' "$(id -un)"
 printf 'free %s\\n' "$(df --output=avail -B1 -- "$folder" 2>/dev/null | tail -n 1)"
 if [ -e "$final" ] || [ -L "$final" ]; then
@@ -39,6 +40,8 @@ export interface Probe {
   readonly folder: "none" | "writable" | "refused";
   /** Whether another file system begins at the folder. */
   readonly isMountPoint: boolean;
+  /** Where the file system that holds the folder is mounted; undefined without the folder. Source: stat(1) %m. */
+  readonly mountPoint: string | undefined;
   /** Who writes there. */
   readonly user: string;
   /** Bytes that the user may still write; undefined when the host's df does not say. */
@@ -74,6 +77,7 @@ export async function probe(host: Host, finalPath: string, id: string): Promise<
     missingTools: values("missing"),
     folder: value("folder") === "writable" ? "writable" : value("folder") === "refused" ? "refused" : "none",
     isMountPoint: value("mount") !== undefined,
+    mountPoint: value("under") || undefined,
     user: value("user") ?? "?",
     freeBytes: Number.isNaN(free) ? undefined : free,
     partBytes: Number(value("part") ?? 0),

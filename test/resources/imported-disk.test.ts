@@ -307,6 +307,35 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       await libvirtd.virsh("pool-destroy", "moving");
     });
 
+    it("is neither gone nor deleted when what its pool lies on is not mounted", async () => {
+      await using caller = await openCaller(ways.ssh.host);
+      const [store, folder] = ["store", "mounted"].map((name) => join(kvm.directory, name)) as [string, string];
+      await Promise.all([store, folder].map((path) => mkdir(path, { mode: 0o711 })));
+      await kvm.run("mount", "-t", "tmpfs", "-o", "mode=0711", "none", store);
+      await kvm.run("mount", "--bind", store, folder);
+      await kvm.virsh("pool-create-as", "mounted", "dir", "--target", folder);
+      const state = await caller.create("web", { pool: "mounted" });
+      await kvm.run("umount", folder);
+      await expect(importedDisk.read(caller.context, state.diskId, state)).rejects.toThrow(/nothing is mounted there now/);
+      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/nothing is mounted there now/);
+      await kvm.run("mount", "--bind", store, folder);
+      expect(await importedDisk.read(caller.context, state.diskId, state)).toMatchObject({ state });
+      await importedDisk.delete(caller.context, state.diskId, state);
+      expect(await kvm.run("ls", "-A", store)).toBe("");
+      await kvm.virsh("pool-destroy", "mounted");
+      await kvm.run("umount", folder, store);
+    });
+
+    it("keeps what its import found through an update and a refresh", async () => {
+      await using caller = await open();
+      const state = await caller.create("web");
+      const { inputs } = await caller.check("web", { migrationRef: "wave-2" }, state);
+      expect(await importedDisk.update(caller.context, state.diskId, state, inputs)).toEqual({ ...state, migrationRef: "wave-2" });
+      const found = await importedDisk.read(caller.context, state.diskId, state);
+      expect(found!.inputs).toEqual((await caller.check("web", {}, state)).inputs);
+      await importedDisk.delete(caller.context, state.diskId, state);
+    });
+
     it("is not taken by another stack of the same names once it was written", async () => {
       await using caller = await open();
       const state = await caller.create("web");
