@@ -142,8 +142,6 @@ function keysOf(input: unknown): string {
 }
 export type Source = z.output<typeof SourceSchema>;
 
-const DIGEST = /^(sha1:[0-9a-f]{40}|sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/i;
-
 /** The arguments of `ImportedDisk`. */
 export const ImportedDiskSchema = z.strictObject({
   /** The host that gets the disk. Default: the stack's configuration `virtlift:host`. */

@@ -163,7 +163,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         await using caller = await openCaller(host);
         const folder = join(bed.directory, "sources");
         await mkdir(folder, { recursive: true });
-        const formats = {
+        const formats: Readonly<Record<string, readonly string[]>> = {
           "disk one.qcow2": ["qcow2"],
           "disk.vmdk": ["vmdk"],
           "flat.vmdk": ["vmdk", "-o", "subformat=monolithicFlat"],
@@ -171,7 +171,9 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
           "disk.vhdx": ["vhdx"],
           "disk.img": ["raw"],
         };
-        for (const [name, options] of Object.entries(formats)) {
+        const names = way === "local" ? Object.keys(formats) : ["disk.vmdk", "disk one.qcow2"];
+        for (const name of names) {
+          const options = formats[name]!;
           const hostPath = join(folder, name);
           await qemuImg("convert", "-f", "raw", "-O", ...options, caller.raw, hostPath);
           const before = sha256(await readFile(hostPath));
@@ -189,7 +191,6 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
               stamp: { importId: state.importId },
               untouched: true,
             });
-            expect(await caller.create({ source: { hostPath }, format, layout, capacity: "32MiB" })).toEqual(state);
             await importedDisk.delete(caller.context, state.diskId, state);
           }
           expect(sha256(await readFile(hostPath))).toBe(before);
@@ -197,7 +198,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         expect(await readdir(bed.poolPath)).toEqual([]);
         expect(caller.lines.join("\n")).toMatch(/copied on .* itself in .*, nothing on the wire/);
         await rm(folder, { recursive: true });
-      });
+      }, 60_000);
 
       it("is moved when it has the volume's format, and has one name afterwards", async () => {
         const { bed, host } = ways[way];

@@ -56,7 +56,7 @@ test("arguments and outputs of a disk are documented, nested ones too, and may b
     fingerprint: expect.stringContaining("The only host key to accept"),
     "file: later": expect.stringContaining("Path of a disk image"),
     capacity: expect.stringContaining("Grow the disk to this size"),
-    checksum: expect.stringContaining("Digest of the source file"),
+    checksum: expect.stringContaining("Digest of the file that `source` names"),
     virtualSizeBytes: expect.stringContaining("as the guest sees it"),
     "layout;": expect.stringContaining("stores what is not zero"),
   });
