@@ -25,7 +25,8 @@ export class ImageError extends Error {
 /** Asks for exactly `length` bytes. Throws ImageError saying `what` ends early when the file is shorter. */
 export function* readExactly(file: string, offset: number, length: number, what: string): Parser<Uint8Array> {
   const bytes = yield* readUpTo(file, offset, length);
-  if (bytes.length < length) throw new ImageError(`${what} ends early: ${length} bytes expected at offset ${offset}, ${bytes.length} found`);
+  if (bytes.length < length)
+    throw new ImageError(`${what} ends early: ${length} bytes expected at offset ${offset}, ${bytes.length} found`);
   return bytes;
 }
 

@@ -30,12 +30,6 @@ export const DOMAIN_DEFINE = { validate: 1 } as const;
 /** virDomainCreateFlags. */
 export const DOMAIN_START = { paused: 1, autodestroy: 2, bypassCache: 4, forceBoot: 8, validate: 16, resetNvram: 32 } as const;
 
-/** virDomainShutdownFlagValues; for reboots too. 0 lets the hypervisor choose. */
-export const DOMAIN_SHUTDOWN = { acpiPowerButton: 1, guestAgent: 2, initctl: 4, signal: 8 } as const;
-
-/** virDomainDestroyFlagsValues. */
-export const DOMAIN_DESTROY = { graceful: 1, removeLogs: 2 } as const;
-
 /** virDomainUndefineFlagsValues. */
 export const DOMAIN_UNDEFINE = {
   managedSave: 1,
@@ -65,26 +59,6 @@ export const DOMAIN_BLOCK_RESIZE = { bytes: 1, capacity: 2 } as const;
 /** virDomainInterfaceAddressesSource: a value, not a flag. */
 export const INTERFACE_ADDRESSES_SOURCE = { lease: 0, agent: 1, arp: 2 } as const;
 
-/** virDomainConsoleFlags. */
-export const DOMAIN_CONSOLE = { force: 1, safe: 2 } as const;
-
-/** virDomainSnapshotCreateFlags. */
-export const DOMAIN_SNAPSHOT_CREATE = {
-  redefine: 1,
-  current: 2,
-  noMetadata: 4,
-  halt: 8,
-  diskOnly: 16,
-  reuseExternal: 32,
-  quiesce: 64,
-  atomic: 128,
-  live: 256,
-  validate: 512,
-} as const;
-
-/** virDomainSnapshotDeleteFlags. */
-export const DOMAIN_SNAPSHOT_DELETE = { children: 1, metadataOnly: 2, childrenOnly: 4 } as const;
-
 /** virConnectListAllDomainsFlags; virConnectListAllNetworksFlags and virConnectListAllStoragePoolsFlags have them the other way round. */
 export const LIST_DOMAINS = { active: 1, inactive: 2 } as const;
 
@@ -94,20 +68,11 @@ export const LIST_STORAGE_POOLS = { inactive: 1, active: 2, dir: 64, fs: 128, ne
 /** virStoragePoolState. */
 export const STORAGE_POOL_STATE = { inactive: 0, building: 1, running: 2, degraded: 3, inaccessible: 4 } as const;
 
-/** virStoragePoolBuildFlags. */
-export const STORAGE_POOL_BUILD = { repair: 1, resize: 2, noOverwrite: 4, overwrite: 8 } as const;
-
 /** virStorageVolType. */
 export const STORAGE_VOL_TYPE = { file: 0, block: 1, dir: 2, network: 3, netdir: 4, ploop: 5 } as const;
 
-/** virStorageVolCreateFlags. */
-export const STORAGE_VOL_CREATE = { preallocMetadata: 1, reflink: 2, validate: 4 } as const;
-
 /** virStorageVolUploadFlags and virStorageVolDownloadFlags. */
 export const STORAGE_VOL_TRANSFER = { sparse: 1 } as const;
-
-/** virStorageVolDeleteFlags. */
-export const STORAGE_VOL_DELETE = { zeroed: 1, withSnapshots: 2 } as const;
 
 /** virStorageVolInfoFlags: the file's length in place of `allocation`. */
 export const STORAGE_VOL_INFO = { physical: 1 } as const;

@@ -35,13 +35,26 @@ export interface PropertyChange {
  */
 export interface Resource<Inputs, State> {
   /** Canonicalises and validates. Deterministic; changes nothing anywhere. `olds` are the last checked inputs, undefined on the first check. */
-  check(context: Context, olds: Inputs | undefined, news: unknown): Promise<{ readonly inputs: Inputs; readonly failures: readonly CheckFailure[] }>;
+  check(
+    context: Context,
+    olds: Inputs | undefined,
+    news: unknown,
+  ): Promise<{ readonly inputs: Inputs; readonly failures: readonly CheckFailure[] }>;
   /** Compares. Never throws; an unknown value may change but never replaces. `deleteBeforeReplace` says the order of a replacement. */
-  diff(context: Context, id: string, olds: State, news: Inputs): Promise<{ readonly changes: readonly PropertyChange[]; readonly deleteBeforeReplace?: boolean }>;
+  diff(
+    context: Context,
+    id: string,
+    olds: State,
+    news: Inputs,
+  ): Promise<{ readonly changes: readonly PropertyChange[]; readonly deleteBeforeReplace?: boolean }>;
   /** Makes it, or goes on with what an interrupted create left. Throws `Incomplete` when the thing exists but is not finished. */
   create(context: Context, inputs: Inputs): Promise<{ readonly id: string; readonly state: State }>;
   /** What is there now; undefined only when it is proven gone. `inputs` are the declared ones with drift written into them. */
-  read(context: Context, id: string, state: State): Promise<{ readonly id: string; readonly state: State; readonly inputs: Inputs } | undefined>;
+  read(
+    context: Context,
+    id: string,
+    state: State,
+  ): Promise<{ readonly id: string; readonly state: State; readonly inputs: Inputs } | undefined>;
   update(context: Context, id: string, olds: State, news: Inputs): Promise<State>;
   /** Removes what we made and only that; gone already is success. */
   delete(context: Context, id: string, state: State): Promise<void>;

@@ -189,4 +189,3 @@ export const ImportedDiskSchema = z.strictObject({
   /** `<organization>/<project>/<stack>/<logical name>`: set by the class, the identity of the disk on the host. */
   origin: z.string().regex(/^[^/]+\/[^/]+\/[^/]+\/.+$/),
 });
-export type ImportedDiskArgs = z.input<typeof ImportedDiskSchema>;
