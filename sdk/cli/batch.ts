@@ -210,7 +210,7 @@ function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolea
       count("info"),
     ];
   });
-  const heading = ["machine", "wave", "target", "action", "disks", "virtual", "to send at most", "estimate", "block", "warn", "info"];
+  const heading = ["machine", "wave", "target", "action", "disks", "virtual", "to send", "estimate", "block", "warn", "info"];
   stdout.write(`${formatTable(heading, rows).join("\n")}\n`);
   for (const level of ["info", "warn", "block"] as const)
     for (const { machine, findings } of machines)
@@ -220,7 +220,7 @@ function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolea
   const copies =
     wireBytes === 0
       ? "nothing is to be copied"
-      : `at most ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s`;
+      : `about ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s`;
   stdout.write(`${isClear ? "all machines may start" : "not all machines may start"}; ${copies}\n`);
 }
 

@@ -379,5 +379,5 @@ export function describeCopy(facts: DiskFacts, source: SourceFacts, wireBytes: n
     return `${from}, ${mode === "move" ? "moved" : "copied"} on ${host.label} itself, nothing to send`;
   }
   if ("url" in inputs.source && inputs.source.fetch === "host") return `${from}, fetched by ${host.label} itself, nothing to send`;
-  return `${from}, at most ${formatBytes(wireBytes)} to send, about ${formatSeconds(seconds)} (at ${formatBytes(bytesPerSecond)}/s, ${basis})`;
+  return `${from}, about ${formatBytes(wireBytes)} to send, about ${formatSeconds(seconds)} (at ${formatBytes(bytesPerSecond)}/s, ${basis})`;
 }

@@ -134,7 +134,7 @@ describe("a check", () => {
     const copies = desk.lines.filter((line) => line.includes(" -> "));
     expect(copies).toEqual([
       expect.stringMatching(
-        /^info: web-root-[0-9a-f]{8}: \/\S+ \(vmdk streamOptimized, 64.0 MiB virtual\) -> root@\S+:\/\S+\.qcow2, at most \d+\.?\d* MiB to send, about \d+ s \(at \d+\.?\d* \w+\/s, (as measured on this connection just now|the most that a copy reaches)\)$/,
+        /^info: web-root-[0-9a-f]{8}: \/\S+ \(vmdk streamOptimized, 64.0 MiB virtual\) -> root@\S+:\/\S+\.qcow2, about \d+\.?\d* MiB to send, about \d+ s \(at \d+\.?\d* \w+\/s, (as measured on this connection just now|the most that a copy reaches)\)$/,
       ),
     ]);
     expect(desk.lines.filter((line) => line.includes('<domain type="'))).toHaveLength(1);
