@@ -43,6 +43,8 @@ export interface Libvirtd extends AsyncDisposable {
   run(...argv: readonly [string, ...string[]]): Promise<string>;
   /** Runs virsh against the daemon from outside and gives its stdout. Throws CommandError. */
   virsh(...argv: readonly string[]): Promise<string>;
+  /** Stops libvirtd with SIGSTOP, so that it answers nothing more until it is killed. */
+  freezeDaemon(): Promise<void>;
   /** Kills libvirtd alone, with SIGKILL, and waits until its successor answers; machines run on. */
   killDaemon(): Promise<void>;
 }
@@ -265,6 +267,9 @@ function describe(files: HostFiles, machine: () => Daemon): Omit<Libvirtd, typeo
     log: () => machine().log(),
     run: async (...argv) => (await runCommand([...enter(firstProcess(machine())), ...argv])).stdout,
     virsh: async (...argv) => (await runCommand(["virsh", "--quiet", "--connect", uri, ...argv])).stdout,
+    async freezeDaemon() {
+      process.kill(await findLibvirtd(machine()), "SIGSTOP");
+    },
     async killDaemon() {
       const before = await findLibvirtd(machine());
       process.kill(before, "SIGKILL");

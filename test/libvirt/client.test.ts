@@ -401,6 +401,7 @@ describe("QEMU's driver", () => {
 
   test("rejects what waits when the daemon is killed", async ({ libvirtd }) => {
     await using libvirt = await openQemu(libvirtd);
+    await libvirtd.freezeDaemon();
     const waiting = Array.from({ length: 8 }, () => libvirt.connectGetCapabilities());
     const settled = Promise.allSettled(waiting);
     await libvirtd.killDaemon();
