@@ -12,6 +12,12 @@ export function parseDomainTypes(capabilities: string): ReadonlySet<string> {
   return new Set(types.map(({ type }) => type));
 }
 
+/** The host's UUID; undefined where libvirt tells none, as its test driver. Throws ImageError on what is no XML. */
+export function parseHostUuid(capabilities: string): string | undefined {
+  const [host] = all(parseXml(capabilities, "the host's capabilities"), "host");
+  return host && all(host, "uuid")[0]?.text;
+}
+
 /** Who guards the host's machines, and as whom QEMU runs. */
 export interface HostSecurity {
   /** `selinux`, `apparmor`, `dac`; what is switched off is left out. */

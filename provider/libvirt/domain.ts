@@ -34,6 +34,8 @@ export interface MachineMetadata {
   readonly tags: Readonly<Record<string, string>>;
   /** A hash of the XML patches that the definition was made with; undefined: none. */
   readonly patches?: string | undefined;
+  /** When its making was done, as ISO 8601 in UTC; undefined until then. */
+  readonly finished?: string | undefined;
 }
 
 export interface DiskProvenance {
@@ -234,6 +236,7 @@ function metadataElement(metadata: MachineMetadata, prefix = `${MACHINE_PREFIX}:
       [`xmlns:${MACHINE_PREFIX}`]: prefix === "" ? undefined : MACHINE_NAMESPACE,
       origin: metadata.origin,
       patches: metadata.patches,
+      finished: metadata.finished,
     },
     ...metadata.disks.map(({ diskId, source, migrationRef }) => element(`${prefix}disk`, { id: diskId, source, migrationRef })),
     ...metadata.volumes.map(({ path, isUnfinished }) =>
@@ -435,6 +438,7 @@ function parseMetadata(domain: XmlElement): MachineMetadata | undefined {
     })),
     tags: Object.fromEntries(childrenOf(machine, "tag").map((tag) => [attribute(tag, "name") ?? "", attribute(tag, "value") ?? ""])),
     patches: attribute(machine, "patches"),
+    finished: attribute(machine, "finished"),
   };
 }
 

@@ -17,6 +17,7 @@ import { adoptedName, isAdopted, openDeclared, publicSource, sourceIdentity, typ
 import { parseArgs } from "./parse.ts";
 import { lookAtPlace } from "./place.ts";
 import { machinesReaching } from "./file-users.ts";
+import { assertHome, type Home, homeOf } from "./home.ts";
 import { HOST_RULES } from "./preflight/argument-rules.ts";
 import { DISK_CHANGE_RULES, type DiskChange } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
@@ -46,7 +47,7 @@ export interface DiskInputs extends Args {
   readonly path: string;
 }
 
-export interface DiskState extends DiskInputs {
+export interface DiskState extends DiskInputs, Home {
   readonly virtualSizeBytes: number;
   /** Allocated when it was imported. */
   readonly allocatedBytes: number;
@@ -222,7 +223,7 @@ async function create(context: Context, inputs: DiskInputs) {
     });
   const outputs = await importOrAdopt(context, host, inputs);
   await libvirt.storageVolLookupByName(await refreshPool(libvirt, inputs.pool), inputs.volumeName);
-  return { id: inputs.diskId, state: { ...inputs, ...outputs } };
+  return { id: inputs.diskId, state: { ...inputs, ...outputs, ...(await homeOf(host)) } };
 }
 
 function sourceSettings(context: Context): SourceSettings {
@@ -231,7 +232,7 @@ function sourceSettings(context: Context): SourceSettings {
 
 const DONE = { copy: "copied", move: "moved", adopt: "adopted" } as const;
 
-type Outputs = Omit<DiskState, keyof DiskInputs>;
+type Outputs = Omit<DiskState, keyof DiskInputs | keyof Home>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
   const { file, pool, uploadReason, partBytes, mountPoint } = await lookAtPlace(host, inputs);
@@ -325,15 +326,16 @@ async function read(context: Context, id: string, state: DiskState) {
       await libvirt.storageVolLookupByName(await refreshPool(libvirt, state.pool), state.volumeName);
     }
   } catch (error) {
-    if (isNotFound(error)) return undefined;
-    throw error;
+    if (!isNotFound(error)) throw error;
+    await assertHome(host, state.diskId, state);
+    return undefined;
   }
-  return { id, state, inputs: inputsOf(state) };
+  return { id, state: { ...state, ...(await homeOf(host)) }, inputs: inputsOf(state) };
 }
 
 function inputsOf(state: DiskState): DiskInputs {
   const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, verified: _w, ...rest } = state;
-  const { isUploaded: _u, mountPoint: _m, ...inputs } = rest;
+  const { isUploaded: _u, mountPoint: _m, hostUuid: _h, ...inputs } = rest;
   return inputs;
 }
 
@@ -358,8 +360,9 @@ function assertMounted(host: Host, state: DiskState, mountPoint: string | undefi
 
 /** Nothing on the host changes: what would change the disk replaces it. */
 async function update(_context: Context, _id: string, olds: DiskState, news: DiskInputs): Promise<DiskState> {
-  const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified = "digest", isUploaded, mountPoint } = olds;
-  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified, isUploaded, mountPoint };
+  const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified = "digest" } = olds;
+  const { isUploaded, mountPoint, hostUuid } = olds;
+  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified, isUploaded, mountPoint, hostUuid };
 }
 
 async function remove(context: Context, _id: string, state: DiskState): Promise<void> {
@@ -371,7 +374,10 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
   }
   await assertNotMoved(host, state);
   const { file, uploadReason, mountPoint } = await lookAtPlace(host, state);
-  if (!file) assertMounted(host, state, mountPoint);
+  if (!file) {
+    assertMounted(host, state, mountPoint);
+    await assertHome(host, state.diskId, state);
+  }
   const libvirt = await host.libvirt();
   // First, so that libvirt knows the overlays that were made since.
   const pool = await refreshPool(libvirt, state.pool);

@@ -19,13 +19,14 @@ import {
 import type { Domain } from "../libvirt/procedures.ts";
 import { PatchError } from "../libvirt/xml-patch.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
+import { assertHome, type Home, homeOf } from "./home.ts";
 import { parseArgs } from "./parse.ts";
 import { BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
 import { MACHINE_CHANGE_RULES, restartRefusal } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
 import { changing } from "./preflight/host-facts.ts";
-import { declaredMachine, gatherMachine } from "./preflight/machine-facts.ts";
-import { MACHINE_RULES } from "./preflight/machine-rules.ts";
+import { declaredMachine, gatherMachine, isOfOtherState } from "./preflight/machine-facts.ts";
+import { MACHINE_RULES, otherStateRefusal } from "./preflight/machine-rules.ts";
 import { conclude, failuresOf, judgeTrouble, settingsOf, tell } from "./preflight/preflight.ts";
 import { judge, type Judgement, type PreflightSettings } from "./preflight/rule.ts";
 import { type Context, Incomplete, type PropertyChange, type Resource } from "./resource.ts";
@@ -71,7 +72,7 @@ import { deleteVolume, findSnapshots, makeVolume, volumesOn } from "./virtual-ma
 const AFFECT_LIVE = 1;
 const AFFECT_CONFIG = 2;
 
-export interface MachineState extends Omit<MachineInputs, "powerState"> {
+export interface MachineState extends Omit<MachineInputs, "powerState">, Home {
   /** As it was when virtlift last looked. */
   readonly powerState: PowerState;
   /** Addresses that others can reach it at; empty when none is known. */
@@ -371,12 +372,15 @@ async function create(context: Context, inputs: MachineInputs) {
   const host = openHost(context, inputs.host);
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, inputs.uuid);
-  const isAdopted = existing !== undefined && existing.defined.metadata === undefined && inputs.adopt !== undefined;
-  if (existing && !isAdopted && existing.defined.metadata?.origin !== inputs.origin) {
+  const owner = existing?.defined.metadata;
+  const isMade = isOfOtherState(inputs.origin, owner);
+  const isAdopted = existing !== undefined && inputs.adopt !== undefined && (owner === undefined || isMade);
+  if (existing && !isAdopted && owner?.origin !== inputs.origin) {
     throw new Error(
       `the machine ${existing.defined.name} on ${host.label} has the UUID ${inputs.uuid} and is not ours: nothing was changed`,
     );
   }
+  if (existing && isMade && !isAdopted) throw new Error(otherStateRefusal(existing.defined, host.label));
   const volumes = existing?.defined.metadata?.volumes ?? [];
   const domain = await define({ context, host, inputs, existing, volumes, declaredPaths: inputs.diskPaths });
   const state = await settle({ context, host, libvirt, domain }, inputs, { mustWait: !isAdopted });
@@ -404,7 +408,8 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
   const others = volumes.filter(({ path }) => !missing.some((plan) => plan.path === path));
   const isSnapshot = existing && (await findSnapshots(libvirt, existing.defined, declaredPaths));
   const wanted = (isUnfinished: boolean): DomainSpec => {
-    const spec = domainSpec(inputs, [...others, ...missing.map(({ path }) => ({ path, isUnfinished }))]);
+    const plain = domainSpec(inputs, [...others, ...missing.map(({ path }) => ({ path, isUnfinished }))]);
+    const spec = { ...plain, metadata: { ...plain.metadata, finished: existing?.defined.metadata?.finished } };
     return existing && isSnapshot ? withSnapshots(context, keepSnapshots(spec, existing.defined, isSnapshot), spec) : spec;
   };
   const spec = wanted(false);
@@ -473,6 +478,9 @@ async function settle(
       const started = inputs.powerState === "paused" ? await pauseGuest(guest) : await startGuest(guest);
       if (inputs.powerState === "running" && (started || mustWait)) await waitForGuest(guest, inputs.waitFor, inputs.serialLog);
     }
+    const { metadata } = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
+    if (metadata && metadata.finished === undefined)
+      await writeMetadata(libvirt, domain, { ...metadata, finished: new Date().toISOString() }, AFFECT_CONFIG);
     // As declared: a guest that powers itself off is found by the next refresh, not taken for a change of the program's.
     return { ...(await stateOf(guest, inputs, true)), powerState: inputs.powerState };
   } catch (error) {
@@ -510,6 +518,7 @@ async function stateOf(guest: Guest, inputs: MachineInputs, ready: boolean): Pro
     restartPending: powerState !== "stopped" && !hasHardware(parseDomain(await libvirt.domainGetXMLDesc(domain)), defined),
     ready,
     ownVolumes: volumes.map(({ path }) => path),
+    ...(await homeOf(guest.host)),
   };
 }
 
@@ -517,6 +526,7 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
   const host = openHost(context, news.host);
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, news.uuid);
+  if (!existing) await assertHome(host, news.name, olds);
   const volumes = existing?.defined.metadata?.volumes ?? olds.ownVolumes.map((path) => ({ path, isUnfinished: false }));
   const isRunning = existing !== undefined && (await powerStateOf({ libvirt, domain: existing.domain })) !== "stopped";
   const staysOn = isRunning && news.powerState !== "stopped";
@@ -580,7 +590,10 @@ async function read(context: Context, id: string, state: MachineState) {
   const host = openHost(context, state.host);
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, state.uuid);
-  if (!existing) return undefined;
+  if (!existing) {
+    await assertHome(host, state.name, state);
+    return undefined;
+  }
   const { domain, defined } = existing;
   const inputs = { ...inputsOf(state), ...(await declaredDrift(context, libvirt, existing, state)) };
   const found = await stateOf({ context, host, libvirt, domain }, inputs, state.ready);
@@ -591,7 +604,7 @@ async function read(context: Context, id: string, state: MachineState) {
 }
 
 function inputsOf(state: MachineState): MachineInputs {
-  const { ipAddresses: _i, restartPending: _p, ready: _r, ownVolumes: _v, hostname: _h, ...inputs } = state;
+  const { ipAddresses: _i, restartPending: _p, ready: _r, ownVolumes: _v, hostname: _n, hostUuid: _h, ...inputs } = state;
   return inputs;
 }
 
@@ -630,6 +643,7 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
   const existing = await findExisting(libvirt, state.uuid);
   const volumes = existing?.defined.metadata?.volumes.map(({ path }) => path) ?? [];
   const own = [...new Set([...state.ownVolumes, ...volumes])];
+  if (!existing) await assertHome(host, state.name, state);
   for (const path of own) {
     const [overlay] = await volumesOn(libvirt, path);
     if (overlay !== undefined) {

@@ -147,6 +147,14 @@ describe("a machine with everything", () => {
     const swtpm = join(libvirtd.directory, "lib/swtpm", inputs.uuid);
     expect(existsSync(swtpm)).toBe(true);
     await virtualMachine.delete(context, id, seen!.state);
+    expect(await virtualMachine.read(context, id, seen!.state)).toBeUndefined();
+    const elsewhere = { ...seen!.state, hostUuid: "6b0f3d0e-0000-4000-8000-000000000000" };
+    const calls = [virtualMachine.read(context, id, elsewhere), virtualMachine.update(context, id, elsewhere, inputs)];
+    for (const call of [...calls, virtualMachine.delete(context, id, elsewhere)]) {
+      await expect(call).rejects.toThrow(
+        /^qemu\+unix:.* leads to another host here \(UUID [\da-f-]{36}\) than the one that all was made on/,
+      );
+    }
     expect([existsSync(swtpm), existsSync(join(libvirtd.directory, "lib/qemu/nvram/all_VARS.fd"))]).toEqual([false, false]);
     expect((await readdir(libvirtd.poolPath)).filter((name) => name.startsWith("all") || name.startsWith("shared"))).toEqual([
       "all.qcow2",

@@ -466,6 +466,34 @@ describe("a machine's life", () => {
     expect(await xmlOf(desk, host, "theirs")).toContain("<name>theirs</name>");
   });
 
+  test("a machine that another state made is taken over by consent only, but for one that was made just now", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host));
+    await virtualMachine.create(desk.context, inputs);
+    const made = await xmlOf(desk, host);
+    const [, finished] = /finished="([^"]+)"/.exec(made) ?? [];
+    expect(Date.now() - Date.parse(finished!)).toBeLessThan(60_000);
+    // As after an engine that was killed before it kept the answer.
+    await virtualMachine.create(desk.context, await desk.checked(args(host)));
+    expect(await xmlOf(desk, host)).toContain(`finished="${finished}"`);
+
+    const hourAgo = made.replace(finished!, new Date(Date.now() - 3_600_000).toISOString());
+    await (await libvirtOf(desk, host)).domainDefineXML(hourAgo);
+    await using later = openMachineBench();
+    expect(await later.failures(args(host, { title: "Shop" }))).toEqual([
+      {
+        property: "adopt",
+        reason: expect.stringMatching(
+          /^adopt: the machine web on .* was made for acme\/shop\/prod\/web on \d{4}-\d\d-\d\d, and this stack's state does not know it: set `adopt: \{ uuid: "[\da-f-]{36}" \}` to take it over/,
+        ),
+      },
+    ]);
+    await expect(virtualMachine.create(later.context, inputs)).rejects.toThrow("this stack's state does not know it");
+    expect(await later.failures(args(host), inputs)).toEqual([]);
+    const adopted = await later.checked(args(host, { title: "Shop", adopt: { uuid: inputs.uuid } }));
+    await virtualMachine.create(later.context, adopted);
+    expect(await xmlOf(later, host)).toContain("<title>Shop</title>");
+  });
+
   test("delete refuses a machine that another program owns by now", async ({ desk, host }) => {
     const { id, state } = await virtualMachine.create(desk.context, await desk.checked(args(host)));
     const moved = { ...state, origin: "acme/shop/stage/web" };

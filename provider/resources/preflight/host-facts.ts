@@ -6,7 +6,14 @@ import { posix } from "node:path";
 import { CommandError, ConnectionError, isNotFound, LibvirtError } from "../../errors.ts";
 import type { Host } from "../../host/hosts.ts";
 import { parseXml, type XmlElement } from "../../image/xml.ts";
-import { type HostSecurity, type MachineOffer, parseDomainTypes, parseOffer, parseSecurity } from "../../libvirt/capabilities.ts";
+import {
+  type HostSecurity,
+  type MachineOffer,
+  parseDomainTypes,
+  parseHostUuid,
+  parseOffer,
+  parseSecurity,
+} from "../../libvirt/capabilities.ts";
 import type { Libvirt } from "../../libvirt/client.ts";
 import { DOMAIN_XML } from "../../libvirt/constants.ts";
 import { type ObservedDomain, parseDomain } from "../../libvirt/domain.ts";
@@ -47,6 +54,7 @@ export interface HostNature {
   readonly label: string;
   /** Whether files on the host are files of this process. */
   readonly isLocal: boolean;
+  readonly uuid: string | undefined;
   readonly domainTypes: ReadonlySet<string>;
   readonly security: HostSecurity;
   readonly memoryMiB: number;
@@ -123,6 +131,7 @@ export class HostFacts {
       return {
         label: this.#host.label,
         isLocal: this.#host.isLocal,
+        uuid: parseHostUuid(capabilities),
         domainTypes: parseDomainTypes(capabilities),
         security: parseSecurity(capabilities),
         memoryMiB: Math.floor(node.memory / 1024),

@@ -4,6 +4,7 @@ import { isNotFound } from "../../errors.ts";
 import type { Host } from "../../host/hosts.ts";
 import type { MachineOffer } from "../../libvirt/capabilities.ts";
 import type { Libvirt } from "../../libvirt/client.ts";
+import type { MachineMetadata } from "../../libvirt/domain.ts";
 import { daemonOf } from "../connect.ts";
 import { type MachineInputs, ownVolumes } from "../virtual-machine-spec.ts";
 import type { DeclaredMachine, Deployment } from "./deployment.ts";
@@ -18,6 +19,8 @@ export interface MachineFacts {
   /** What the host offers to machines of this type; undefined where libvirt cannot tell. */
   readonly offer: MachineOffer | "unsupported" | undefined;
   readonly networks: readonly HostNetwork[];
+  /** The machine itself, where this deployment's state does not know it and another one's does. */
+  readonly ofOtherState: HostMachine | undefined;
   /** The host's other machines. */
   readonly neighbours: readonly HostMachine[];
   /** Of the volumes that are to be made for the machine: those that are there already and are not its own. */
@@ -28,6 +31,18 @@ export interface MachineFacts {
   readonly siblings: readonly DeclaredMachine[];
   /** What the bytes tell of the disk that it boots from; undefined when they were not read in this deployment. */
   readonly boot: DiskOrigin | undefined;
+}
+
+/** How long after its making a machine is still taken for that of an engine which was killed before it kept the answer. */
+const TAKEOVER_MS = 15 * 60 * 1000;
+
+/**
+ * Whether a machine by this origin that no state of ours knows was made for good: by another checkout with a state of its own, or by one whose state was
+ * lost. Its owner is then said by the user, with `adopt`.
+ */
+export function isOfOtherState(origin: string, metadata: MachineMetadata | undefined): boolean {
+  if (metadata?.origin !== origin || metadata.finished === undefined) return false;
+  return !(Math.abs(Date.now() - Date.parse(metadata.finished)) < TAKEOVER_MS);
 }
 
 /** `ownUuid` is the machine's, when it was made by us before: it is no neighbour of itself. Throws what the host throws. */
@@ -57,6 +72,10 @@ export async function gatherMachine(
     system,
     offer,
     networks,
+    ofOtherState:
+      ownUuid === undefined
+        ? machines.find(({ uuid, metadata }) => uuid === inputs.uuid && isOfOtherState(inputs.origin, metadata))
+        : undefined,
     neighbours: machines.filter((machine) => !isOwn(machine)),
     takenVolumes: await existing(
       await host.libvirt(),

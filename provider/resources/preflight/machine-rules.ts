@@ -4,7 +4,7 @@ import type { HostSecurity, MachineOffer } from "../../libvirt/capabilities.ts";
 import type { PartitionTable } from "../../image/partitions.ts";
 import type { OvfGuest } from "../../image/ovf.ts";
 import { ownVolumes } from "../virtual-machine-spec.ts";
-import type { FolderStep } from "./host-facts.ts";
+import type { FolderStep, HostMachine } from "./host-facts.ts";
 import { isWritable, type MachineFacts } from "./machine-facts.ts";
 import type { Finding, Rule } from "./rule.ts";
 
@@ -47,6 +47,15 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
           property: "name",
           sentence: `${origin} is to be named ${name} on ${host.label} too: choose another \`name\` for one of them`,
         })),
+  },
+  {
+    id: "virtlift/machine-made",
+    level: "block",
+    isFixed: true,
+    summary:
+      "The machine is on the host already, and this stack's state does not know it: another checkout made it, or the state was lost.",
+    remedy: "Set `adopt` to take it over as it runs, or give one of the two stacks another name.",
+    test: ({ ofOtherState, host }) => (ofOtherState ? [{ property: "adopt", sentence: otherStateRefusal(ofOtherState, host.label) }] : []),
   },
   {
     id: "virtlift/uuid-taken",
@@ -589,4 +598,9 @@ function confinement({ models }: HostSecurity, path: string, fileSystem: string)
     return `lies on ${fileSystem}, which SELinux forbids to machines unless told otherwise: setsebool -P virt_use_${fileSystem.startsWith("nfs") ? "nfs" : fileSystem.startsWith("fuse") ? "fusefs" : "samba"} on`;
   }
   return undefined;
+}
+
+/** Why a machine by the same origin that another state made is not redefined. */
+export function otherStateRefusal({ name, uuid, metadata }: Pick<HostMachine, "name" | "uuid" | "metadata">, host: string): string {
+  return `the machine ${name} on ${host} was made for ${metadata?.origin} on ${metadata?.finished?.slice(0, 10)}, and this stack's state does not know it: set \`adopt: { uuid: "${uuid}" }\` to take it over, or rename the stack if another checkout owns it`;
 }
