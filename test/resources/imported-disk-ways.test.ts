@@ -1,14 +1,14 @@
 import { createHash } from "node:crypto";
-import { appendFile, readdir, readFile, stat } from "node:fs/promises";
+import { appendFile, readdir, readFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
 import { type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
 import type { Context } from "../../provider/resources/resource.ts";
-import { runCommand } from "../../scripts/setup/command.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
+import { openDiskPool, openFsPool } from "../bed/pools.ts";
 import { guestByQemu, mixedGuest, writeRaw } from "../image/qemu.ts";
 
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
@@ -210,50 +210,3 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
     ]);
   });
 });
-
-/** Gives the daemon a pool of type `fs` on a loop device: it mounts that in its own name space. */
-async function openFsPool(bed: Libvirtd) {
-  await using stack = new AsyncDisposableStack();
-  const loop = stack.use(await openLoop());
-  await runCommand(["mkfs.ext4", "-q", loop.path]);
-  const { rdev } = await stat(loop.path);
-  await bed.run("mknod", loop.path, "b", "7", String(rdev & 0xff));
-  stack.defer(async () => void (await bed.run("rm", loop.path)));
-  const target = join(bed.directory, "fs");
-  await bed.virsh("pool-define-as", "fs", "fs", "--source-dev", loop.path, "--target", target);
-  stack.defer(async () => void (await bed.virsh("pool-undefine", "fs")));
-  await bed.virsh("pool-build", "fs");
-  await bed.virsh("pool-start", "fs");
-  stack.defer(async () => void (await bed.virsh("pool-destroy", "fs")));
-  const held = stack.move();
-  return { name: "fs", [Symbol.asyncDispose]: () => held.disposeAsync() };
-}
-
-/** Gives the daemon a pool of type `disk` on a loop device with an empty GPT, and the devices that the kernel makes. */
-async function openDiskPool(bed: Libvirtd) {
-  await using stack = new AsyncDisposableStack();
-  const loop = stack.use(await openLoop());
-  await bed.run("mount", "-t", "devtmpfs", "devtmpfs", "/dev");
-  stack.defer(async () => void (await bed.run("umount", "/dev")));
-  await bed.virsh("pool-define-as", "disk", "disk", "--source-dev", loop.path, "--source-format", "gpt", "--target", "/dev");
-  stack.defer(async () => void (await bed.virsh("pool-undefine", "disk")));
-  await bed.virsh("pool-build", "disk", "--overwrite");
-  await bed.virsh("pool-start", "disk");
-  stack.defer(async () => void (await bed.virsh("pool-destroy", "disk")));
-  const held = stack.move();
-  return { device: loop.path.slice("/dev/".length), [Symbol.asyncDispose]: () => held.disposeAsync() };
-}
-
-async function openLoop() {
-  const directory = await openDirectory("loop");
-  const file = join(directory.path, "disk.img");
-  await runCommand(["truncate", "-s", "128M", file]);
-  const path = (await runCommand(["losetup", "--find", "--show", "--partscan", file])).stdout.trim();
-  return {
-    path,
-    async [Symbol.asyncDispose]() {
-      await runCommand(["losetup", "--detach", path]);
-      await directory[Symbol.asyncDispose]();
-    },
-  };
-}
