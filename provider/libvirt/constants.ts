@@ -3,6 +3,8 @@
 /** virErrorNumber, the ones that callers tell apart. */
 export const LIBVIRT_ERROR = {
   internal: 1,
+  noSupport: 3,
+  invalidArg: 8,
   operationFailed: 9,
   systemError: 38,
   noDomain: 42,
@@ -16,6 +18,7 @@ export const LIBVIRT_ERROR = {
   agentUnresponsive: 86,
   accessDenied: 88,
   storageVolExist: 90,
+  deviceMissing: 99,
 } as const;
 
 /** virDomainState. */
@@ -40,6 +43,9 @@ export const DOMAIN_UNDEFINE = {
   tpm: 32,
   keepTpm: 64,
 } as const;
+
+/** virDomainModificationImpact: what runs, and what is defined. */
+export const DOMAIN_AFFECT = { live: 1, config: 2 } as const;
 
 /** virDomainDeviceModifyFlags. */
 export const DOMAIN_DEVICE_MODIFY = { live: 1, config: 2, force: 4 } as const;

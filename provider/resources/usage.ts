@@ -2,17 +2,15 @@
 import { XMLParser } from "fast-xml-parser";
 import { isNotFound } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
+import { DOMAIN_XML } from "../libvirt/constants.ts";
 
 const parser = new XMLParser({ ignoreAttributes: false, attributeNamePrefix: "", parseTagValue: false });
-
-/** VIR_DOMAIN_XML_INACTIVE of libvirt-domain.h. */
-const XML_INACTIVE = 2;
 
 /** Names of the machines, running or only defined, that name the path anywhere among their disks, backing chains and mirrors included. `flags` narrow the list. */
 export async function domainsUsing(libvirt: Libvirt, path: string, flags = 0): Promise<readonly string[]> {
   const users: string[] = [];
   for (const domain of await libvirt.connectListAllDomains(flags)) {
-    const descriptions = await Promise.all([0, XML_INACTIVE].map((flags) => goneAs(libvirt.domainGetXMLDesc(domain, flags), "")));
+    const descriptions = await Promise.all([0, DOMAIN_XML.inactive].map((flags) => goneAs(libvirt.domainGetXMLDesc(domain, flags), "")));
     if (descriptions.some((xml) => xml.includes("<disk") && mentions(parser.parse(xml), path))) users.push(domain.name);
   }
   return users;

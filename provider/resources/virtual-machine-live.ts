@@ -2,7 +2,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { LibvirtError } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_BLOCK_RESIZE, DOMAIN_DEVICE_MODIFY, DOMAIN_MEMORY, DOMAIN_VCPU } from "../libvirt/constants.ts";
+import { DOMAIN_BLOCK_RESIZE, DOMAIN_DEVICE_MODIFY, DOMAIN_MEMORY, DOMAIN_VCPU, LIBVIRT_ERROR } from "../libvirt/constants.ts";
 import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
 import { type DomainSpec, type ObservedDomain, parseDomain, renderDisk, renderInterface } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
@@ -13,9 +13,6 @@ import { isSame, type VolumePlan } from "./virtual-machine-spec.ts";
 /** A guest that lets a device go does so within a second; one that still boots, or has no driver for it, never hears that it is asked. */
 const UNPLUG_TIMEOUT_MS = 20_000;
 const ASK_AGAIN_MS = 5000;
-
-/** VIR_ERR_DEVICE_MISSING of virterror.h: it went between the look and the call. */
-const DEVICE_MISSING = 99;
 
 /** One call that changes the running machine. */
 interface Step {
@@ -53,13 +50,10 @@ async function isSupported(called: Promise<void>): Promise<boolean> {
     await called;
     return true;
   } catch (error) {
-    if (error instanceof LibvirtError && error.code === NO_SUPPORT) return false;
+    if (error instanceof LibvirtError && error.code === LIBVIRT_ERROR.noSupport) return false;
     throw error;
   }
 }
-
-/** VIR_ERR_NO_SUPPORT of virterror.h. */
-const NO_SUPPORT = 3;
 
 const LIVE = DOMAIN_DEVICE_MODIFY.live;
 
@@ -179,12 +173,10 @@ async function askToLetGo(libvirt: Libvirt, domain: Domain, xml: string): Promis
     await libvirt.domainDetachDeviceFlags(domain, xml, LIVE);
   } catch (error) {
     // It is gone, or it was asked before and has not answered yet: the look at the machine tells.
-    if (!(error instanceof LibvirtError) || (error.code !== DEVICE_MISSING && error.code !== OPERATION_FAILED)) throw error;
+    if (!(error instanceof LibvirtError) || (error.code !== LIBVIRT_ERROR.deviceMissing && error.code !== LIBVIRT_ERROR.operationFailed))
+      throw error;
   }
 }
-
-/** VIR_ERR_OPERATION_FAILED of virterror.h: the device is in the process of unplug. */
-const OPERATION_FAILED = 9;
 
 /** Grows the volumes that are smaller than they are to be, under a running guest by its QEMU. Resolves with the paths of those that grew. */
 export async function growVolumes(guest: Guest, volumes: readonly VolumePlan[], defined: ObservedDomain): Promise<readonly string[]> {

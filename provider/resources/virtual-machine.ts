@@ -3,7 +3,7 @@ import { posix } from "node:path";
 import { isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_METADATA, DOMAIN_UNDEFINE, DOMAIN_XML } from "../libvirt/constants.ts";
+import { DOMAIN_AFFECT, DOMAIN_METADATA, DOMAIN_UNDEFINE, DOMAIN_XML, LIBVIRT_ERROR } from "../libvirt/constants.ts";
 import {
   type DomainSpec,
   MACHINE_NAMESPACE,
@@ -67,10 +67,6 @@ import {
 } from "./virtual-machine-spec.ts";
 import { domainsUsing } from "./usage.ts";
 import { deleteVolume, findSnapshots, makeVolume, volumesOn } from "./virtual-machine-volumes.ts";
-
-/** VIR_DOMAIN_AFFECT_LIVE and VIR_DOMAIN_AFFECT_CONFIG of libvirt-domain.h. */
-const AFFECT_LIVE = 1;
-const AFFECT_CONFIG = 2;
 
 export interface MachineState extends Omit<MachineInputs, "powerState">, Home {
   /** As it was when virtlift last looked. */
@@ -418,7 +414,7 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
   try {
     if (missing.length > 0) {
       marked ??= await libvirt.domainDefineXMLFlags(renderDomain(wanted(true)));
-      if (existing?.defined.metadata) await writeMetadata(libvirt, marked, wanted(true).metadata, AFFECT_CONFIG);
+      if (existing?.defined.metadata) await writeMetadata(libvirt, marked, wanted(true).metadata, DOMAIN_AFFECT.config);
     }
     for (const plan of missing) {
       if (volumes.some(({ path }) => path === plan.path)) await deleteVolume(libvirt, plan.path);
@@ -438,7 +434,7 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
       for (const path of made) if (!held.includes(path)) await deleteVolume(libvirt, path);
       const left = made.filter((path) => held.includes(path)).map((path) => ({ path, isUnfinished: false }));
       if (left.length > 0)
-        await writeMetadata(libvirt, existing!.domain, { ...spec.metadata, volumes: [...volumes, ...left] }, AFFECT_CONFIG);
+        await writeMetadata(libvirt, existing!.domain, { ...spec.metadata, volumes: [...volumes, ...left] }, DOMAIN_AFFECT.config);
       if (!existing && marked) await undefine(libvirt, marked);
     } catch (failure) {
       // What made it fail is what the user is to know of; what stays is known to be ours, and the next try goes on with it.
@@ -480,7 +476,7 @@ async function settle(
     }
     const { metadata } = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
     if (metadata && metadata.finished === undefined)
-      await writeMetadata(libvirt, domain, { ...metadata, finished: new Date().toISOString() }, AFFECT_CONFIG);
+      await writeMetadata(libvirt, domain, { ...metadata, finished: new Date().toISOString() }, DOMAIN_AFFECT.config);
     // As declared: a guest that powers itself off is found by the next refresh, not taken for a change of the program's.
     return { ...(await stateOf(guest, inputs, true)), powerState: inputs.powerState };
   } catch (error) {
@@ -567,7 +563,7 @@ async function dropVolume(libvirt: Libvirt, domain: Domain, metadata: MachineMet
   await deleteVolume(libvirt, path);
   if (metadata === undefined) return;
   const volumes = metadata.volumes.filter((volume) => volume.path !== path);
-  await writeMetadata(libvirt, domain, { ...metadata, volumes }, AFFECT_CONFIG);
+  await writeMetadata(libvirt, domain, { ...metadata, volumes }, DOMAIN_AFFECT.config);
 }
 
 /**
@@ -580,10 +576,10 @@ async function relabel(
   { title, description }: MachineInputs,
   patches: string | undefined,
 ): Promise<void> {
-  await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.title, title, undefined, undefined, AFFECT_LIVE);
-  await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.description, description, undefined, undefined, AFFECT_LIVE);
+  await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.title, title, undefined, undefined, DOMAIN_AFFECT.live);
+  await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.description, description, undefined, undefined, DOMAIN_AFFECT.live);
   const { metadata } = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
-  if (metadata) await writeMetadata(libvirt, domain, { ...metadata, patches }, AFFECT_LIVE);
+  if (metadata) await writeMetadata(libvirt, domain, { ...metadata, patches }, DOMAIN_AFFECT.live);
 }
 
 async function read(context: Context, id: string, state: MachineState) {
@@ -682,12 +678,9 @@ async function undefine(libvirt: Libvirt, domain: Domain): Promise<void> {
     try {
       return await libvirt.domainUndefineFlags(domain, flags);
     } catch (error) {
-      // VIR_ERR_INVALID_ARG: flags that it does not know are refused.
-      if (!(error instanceof LibvirtError) || error.code !== INVALID_ARG) throw error;
+      // Flags that it does not know are refused.
+      if (!(error instanceof LibvirtError) || error.code !== LIBVIRT_ERROR.invalidArg) throw error;
     }
   }
   await libvirt.domainUndefineFlags(domain, UNDEFINE_SAVED);
 }
-
-/** VIR_ERR_INVALID_ARG of virterror.h. */
-const INVALID_ARG = 8;

@@ -15,7 +15,7 @@ import {
   parseSecurity,
 } from "../../libvirt/capabilities.ts";
 import type { Libvirt } from "../../libvirt/client.ts";
-import { DOMAIN_XML } from "../../libvirt/constants.ts";
+import { DOMAIN_XML, LIBVIRT_ERROR } from "../../libvirt/constants.ts";
 import { type ObservedDomain, parseDomain } from "../../libvirt/domain.ts";
 import type { Domain } from "../../libvirt/procedures.ts";
 import { WORK_FOLDER } from "../../transfer/part-file.ts";
@@ -24,10 +24,6 @@ import { type ActivePool, activePool } from "../pool.ts";
 
 /** How long an answer that may change is taken for true. */
 const LIFE_MS = 5000;
-
-/** VIR_ERR_NO_SUPPORT and VIR_ERR_INVALID_ARG of virterror.h. */
-const NO_SUPPORT = 3;
-const INVALID_ARG = 8;
 
 /** A name that no disk has. */
 const NOBODY = ".virtlift-nobody";
@@ -150,8 +146,8 @@ export class HostFacts {
         return parseOffer(await libvirt.connectGetDomainCapabilities(undefined, "x86_64", machine, domainType));
       } catch (error) {
         if (!(error instanceof LibvirtError)) throw error;
-        if (error.code === NO_SUPPORT) return undefined;
-        if (error.code === INVALID_ARG) return "unsupported";
+        if (error.code === LIBVIRT_ERROR.noSupport) return undefined;
+        if (error.code === LIBVIRT_ERROR.invalidArg) return "unsupported";
         throw error;
       }
     });
