@@ -1,9 +1,11 @@
-/** What tests of machines share: a context over real hosts whose log lines can be read. */
+/** What tests of machines share: a private libvirtd, and a context over real hosts whose log lines can be read. */
 import { homedir, userInfo } from "node:os";
+import { test } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
 import type { Context } from "../../provider/resources/resource.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
+import { type Libvirtd, type LibvirtdOptions, openLibvirtd } from "../bed/libvirtd.ts";
 
 export interface MachineBench extends AsyncDisposable {
   readonly context: Context;
@@ -41,4 +43,29 @@ export function openMachineBench(config: Readonly<Record<string, string>> = {}):
     failures: async (news, olds) => (await virtualMachine.check(context, olds, news)).failures,
     [Symbol.asyncDispose]: () => hosts.close(),
   };
+}
+
+interface MachineFixtures {
+  /** One for all tests of the file. */
+  readonly libvirtd: Libvirtd;
+  readonly desk: MachineBench;
+}
+
+/** vitest's `test` with a libvirtd and a bench. */
+export function machineTest(options: LibvirtdOptions = { network: true }) {
+  return test.extend<MachineFixtures>({
+    libvirtd: [
+      // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+      async ({}, use) => {
+        await using libvirtd = await openLibvirtd(options);
+        await use(libvirtd);
+      },
+      { scope: "file" },
+    ],
+    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
+    desk: async ({}, use) => {
+      await using desk = openMachineBench();
+      await use(desk);
+    },
+  });
 }

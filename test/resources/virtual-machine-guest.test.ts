@@ -2,35 +2,16 @@
 import { existsSync } from "node:fs";
 import { copyFile, readdir, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
-import { describe, expect, test as base } from "vitest";
+import { describe, expect } from "vitest";
 import { type GuestOptions, prepareGuest } from "../../scripts/guest/guest.ts";
 import { parseGuestReport } from "../../scripts/guest/report.ts";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { Incomplete } from "../../provider/resources/resource.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
-import { type MachineBench, openMachineBench } from "./machine-bench.ts";
+import { machineTest, openMachineBench } from "./machine-bench.ts";
 
-interface Fixtures {
-  readonly libvirtd: Libvirtd;
-  readonly desk: MachineBench;
-}
-
-const test = base.extend<Fixtures>({
-  libvirtd: [
-    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
-    async ({}, use) => {
-      await using libvirtd = await openLibvirtd({ network: true });
-      await use(libvirtd);
-    },
-    { scope: "file" },
-  ],
-  // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
-  desk: async ({}, use) => {
-    await using desk = openMachineBench();
-    await use(desk);
-  },
-});
+const test = machineTest();
 
 /** The guest's disk as a volume of the pool. Gives its path. */
 async function placeGuest(libvirtd: Libvirtd, name: string, options: GuestOptions = {}): Promise<string> {

@@ -2,13 +2,15 @@
 import { createHash } from "node:crypto";
 import { copyFile, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { expect, test } from "vitest";
+import { expect } from "vitest";
 import { prepareGuest } from "../../scripts/guest/guest.ts";
 import { encodeIso9660 } from "../../provider/image/iso9660.ts";
 import { virtualMachine, type MachineState } from "../../provider/resources/virtual-machine.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
-import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
-import { openMachineBench } from "./machine-bench.ts";
+import type { Libvirtd } from "../bed/libvirtd.ts";
+import { machineTest } from "./machine-bench.ts";
+
+const test = machineTest();
 
 const SECOND_MAC = "52:54:00:be:ef:02";
 const SEED = "#cloud-config\nhostname: changed\n";
@@ -97,81 +99,83 @@ const CHANGES: Readonly<Record<string, Change>> = {
   },
 };
 
-test("a running guest sees each change that can be made while it runs, and never restarts", { timeout: 180_000 }, async () => {
-  await using libvirtd = await openLibvirtd({ network: true });
-  await using desk = openMachineBench();
-  const { context } = desk;
-  const path = join(libvirtd.poolPath, "live-root.qcow2");
-  await copyFile((await prepareGuest("qcow2", { hash: false, stay: true })).path, path);
-  const tools = join(libvirtd.poolPath, "tools.iso");
-  await writeFile(tools, encodeIso9660("tools", [{ name: "readme.txt", content: Buffer.from("hello\n") }]));
-  await libvirtd.virsh("pool-refresh", "default");
-  await writeFile(join(libvirtd.directory, "second.xml"), '<network><name>second</name><bridge name="virbr7"/></network>');
-  await libvirtd.virsh("net-create", join(libvirtd.directory, "second.xml"));
+test(
+  "a running guest sees each change that can be made while it runs, and never restarts",
+  { timeout: 180_000 },
+  async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    const path = join(libvirtd.poolPath, "live-root.qcow2");
+    await copyFile((await prepareGuest("qcow2", { hash: false, stay: true })).path, path);
+    const tools = join(libvirtd.poolPath, "tools.iso");
+    await writeFile(tools, encodeIso9660("tools", [{ name: "readme.txt", content: Buffer.from("hello\n") }]));
+    await libvirtd.virsh("pool-refresh", "default");
+    await writeFile(join(libvirtd.directory, "second.xml"), '<network><name>second</name><bridge name="virbr7"/></network>');
+    await libvirtd.virsh("net-create", join(libvirtd.directory, "second.xml"));
 
-  const serialLog = join(libvirtd.directory, "live.log");
-  let args: Args = {
-    origin: "acme/shop/prod/live",
-    host: libvirtd.uri,
-    domainType: "qemu",
-    importedDisk: { diskId: "live-root", path },
-    bus: "virtio",
-    memoryMiB: 256,
-    maxMemoryMiB: 320,
-    vcpus: 1,
-    maxVcpus: 3,
-    disks: [data, { device: "cdrom" }],
-    networks: [network],
-    cloudInit: { userData: "#cloud-config\n{}\n" },
-    waitFor: [{ type: "serial", text: "virtlift-guest now vcpus=1", timeoutSeconds: 90 }],
-    serialLog,
-  };
-  let inputs: MachineInputs = await desk.checked(args);
-  const { id, state: first } = await virtualMachine.create(context, inputs);
-  let state: MachineState = first;
-  expect(state.diskTargets).toEqual(["vda", "vdb", "sda", "sdb"]);
-  expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
+    const serialLog = join(libvirtd.directory, "live.log");
+    let args: Args = {
+      origin: "acme/shop/prod/live",
+      host: libvirtd.uri,
+      domainType: "qemu",
+      importedDisk: { diskId: "live-root", path },
+      bus: "virtio",
+      memoryMiB: 256,
+      maxMemoryMiB: 320,
+      vcpus: 1,
+      maxVcpus: 3,
+      disks: [data, { device: "cdrom" }],
+      networks: [network],
+      cloudInit: { userData: "#cloud-config\n{}\n" },
+      waitFor: [{ type: "serial", text: "virtlift-guest now vcpus=1", timeoutSeconds: 90 }],
+      serialLog,
+    };
+    let inputs: MachineInputs = await desk.checked(args);
+    const { id, state: first } = await virtualMachine.create(context, inputs);
+    let state: MachineState = first;
+    expect(state.diskTargets).toEqual(["vda", "vdb", "sda", "sdb"]);
+    expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
 
-  for (const [name, { more, told, shown }] of Object.entries(CHANGES)) {
-    const before = (await readFile(serialLog, "utf8")).length;
-    args = { ...args, ...(JSON.parse(JSON.stringify(more).replaceAll("TOOLS", tools)) as Args) };
-    const news = await desk.checked(args, inputs);
-    const { changes } = await virtualMachine.diff(context, id, state, news);
-    expect([name, changes.map(({ effect }) => effect).filter((effect) => effect !== "live")]).toEqual([name, []]);
-    expect([name, changes.length]).toEqual([name, Object.keys(more).length]);
-    state = await virtualMachine.update(context, id, state, news);
-    inputs = news;
-    await expect
-      .poll(async () => (await readFile(serialLog, "utf8")).slice(before), { timeout: 20_000, message: name })
-      .toMatch(told ?? /^/);
-    await shown?.(libvirtd);
-    const seen = await virtualMachine.read(context, id, state);
-    expect([name, seen?.inputs, state.restartPending]).toEqual([name, inputs, false]);
-  }
-  const shown = async () => [
-    await libvirtd.virsh("domblklist", "live"),
-    await libvirtd.virsh("domblklist", "live", "--inactive"),
-    await libvirtd.virsh("domiflist", "live"),
-  ];
-  const before = await shown();
-  const broken = [
-    { device: "cdrom" },
-    { size: "4MiB", name: "more" },
-    { size: "1MiB", name: "new" },
-    { path: join(libvirtd.poolPath, "none.raw"), format: "raw" },
-  ];
-  const impossible = await desk.checked({ ...args, disks: broken }, inputs);
-  await expect(virtualMachine.update(context, id, state, impossible)).rejects.toThrow("none.raw");
-  expect(await shown()).toEqual(before);
-  expect(await readdir(libvirtd.poolPath)).not.toContain("live-new.qcow2");
-  expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
+    for (const [name, { more, told, shown }] of Object.entries(CHANGES)) {
+      const before = (await readFile(serialLog, "utf8")).length;
+      args = { ...args, ...(JSON.parse(JSON.stringify(more).replaceAll("TOOLS", tools)) as Args) };
+      const news = await desk.checked(args, inputs);
+      const { changes } = await virtualMachine.diff(context, id, state, news);
+      expect([name, changes.map(({ effect }) => effect).filter((effect) => effect !== "live")]).toEqual([name, []]);
+      expect([name, changes.length]).toEqual([name, Object.keys(more).length]);
+      state = await virtualMachine.update(context, id, state, news);
+      inputs = news;
+      await expect
+        .poll(async () => (await readFile(serialLog, "utf8")).slice(before), { timeout: 20_000, message: name })
+        .toMatch(told ?? /^/);
+      await shown?.(libvirtd);
+      const seen = await virtualMachine.read(context, id, state);
+      expect([name, seen?.inputs, state.restartPending]).toEqual([name, inputs, false]);
+    }
+    const shown = async () => [
+      await libvirtd.virsh("domblklist", "live"),
+      await libvirtd.virsh("domblklist", "live", "--inactive"),
+      await libvirtd.virsh("domiflist", "live"),
+    ];
+    const before = await shown();
+    const broken = [
+      { device: "cdrom" },
+      { size: "4MiB", name: "more" },
+      { size: "1MiB", name: "new" },
+      { path: join(libvirtd.poolPath, "none.raw"), format: "raw" },
+    ];
+    const impossible = await desk.checked({ ...args, disks: broken }, inputs);
+    await expect(virtualMachine.update(context, id, state, impossible)).rejects.toThrow("none.raw");
+    expect(await shown()).toEqual(before);
+    expect(await readdir(libvirtd.poolPath)).not.toContain("live-new.qcow2");
+    expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
 
-  const console = await readFile(serialLog, "utf8");
-  expect([...console.matchAll(/virtlift-guest kernel=/g)]).toHaveLength(1);
-  expect(Number(lastOf(console, "vcpus"))).toBe(2);
-  expect(desk.logged.filter((line) => line.startsWith("warn"))).toEqual([]);
-  expect((await readdir(libvirtd.poolPath)).filter((name) => name.startsWith("live-seed-"))).toHaveLength(1);
-  expect(state.ownVolumes.map((volume) => volume.replace(/-[0-9a-f]{8}\.iso$/, ".iso")).toSorted()).toEqual(
-    ["live-data.qcow2", "live-more.qcow2", "live-seed.iso"].map((file) => join(libvirtd.poolPath, file)),
-  );
-});
+    const console = await readFile(serialLog, "utf8");
+    expect([...console.matchAll(/virtlift-guest kernel=/g)]).toHaveLength(1);
+    expect(Number(lastOf(console, "vcpus"))).toBe(2);
+    expect(desk.logged.filter((line) => line.startsWith("warn"))).toEqual([]);
+    expect((await readdir(libvirtd.poolPath)).filter((name) => name.startsWith("live-seed-"))).toHaveLength(1);
+    expect(state.ownVolumes.map((volume) => volume.replace(/-[0-9a-f]{8}\.iso$/, ".iso")).toSorted()).toEqual(
+      ["live-data.qcow2", "live-more.qcow2", "live-seed.iso"].map((file) => join(libvirtd.poolPath, file)),
+    );
+  },
+);

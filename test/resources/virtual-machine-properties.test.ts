@@ -2,32 +2,13 @@
 import { existsSync } from "node:fs";
 import { readdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { describe, expect, test as base } from "vitest";
+import { describe, expect } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
-import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
-import { type MachineBench, openMachineBench } from "./machine-bench.ts";
+import type { Libvirtd } from "../bed/libvirtd.ts";
+import { machineTest } from "./machine-bench.ts";
 
-interface Fixtures {
-  readonly libvirtd: Libvirtd;
-  readonly desk: MachineBench;
-}
-
-const test = base.extend<Fixtures>({
-  libvirtd: [
-    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
-    async ({}, use) => {
-      await using libvirtd = await openLibvirtd({ network: true });
-      await use(libvirtd);
-    },
-    { scope: "file" },
-  ],
-  // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
-  desk: async ({}, use) => {
-    await using desk = openMachineBench();
-    await use(desk);
-  },
-});
+const test = machineTest();
 
 /** A small volume in the pool, as a disk to boot from. Gives its path. */
 async function placeDisk(libvirtd: Libvirtd, name: string, format: "qcow2" | "raw" = "qcow2"): Promise<string> {

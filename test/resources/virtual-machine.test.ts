@@ -1,5 +1,5 @@
 /** VirtualMachine against libvirt's test driver: all but what a guest does. */
-import { describe, expect, test as base } from "vitest";
+import { describe, expect } from "vitest";
 import { LibvirtError } from "../../provider/errors.ts";
 import type { PropertyChange } from "../../provider/resources/resource.ts";
 import { UNKNOWN } from "../../provider/resources/unknown.ts";
@@ -7,32 +7,12 @@ import { VirtualMachineSchema } from "../../provider/resources/virtual-machine-s
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import { MACHINE_CHANGES } from "../../provider/resources/virtual-machine-changes.ts";
 import { type MachineState, virtualMachine } from "../../provider/resources/virtual-machine.ts";
-import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
-import { type MachineBench, openMachineBench } from "./machine-bench.ts";
+import { type MachineBench, machineTest, openMachineBench } from "./machine-bench.ts";
 
 const ORIGIN = "acme/shop/prod/web";
 
-interface Fixtures {
-  readonly libvirtd: Libvirtd;
-  /** A fresh test driver: it has a pool `default-pool`, a network `default` and a machine `test`. */
-  readonly desk: MachineBench;
-  readonly host: { readonly uri: string };
-}
-
-const test = base.extend<Fixtures>({
-  libvirtd: [
-    // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
-    async ({}, use) => {
-      await using libvirtd = await openLibvirtd();
-      await use(libvirtd);
-    },
-    { scope: "file" },
-  ],
-  // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
-  desk: async ({}, use) => {
-    await using desk = openMachineBench();
-    await use(desk);
-  },
+/** The desk's connection has a fresh test driver: a pool `default-pool`, a network `default` and a machine `test`. */
+const test = machineTest({}).extend<{ readonly host: { readonly uri: string } }>({
   host: async ({ libvirtd }, use) => use({ uri: libvirtd.testUri }),
 });
 
