@@ -496,6 +496,11 @@ export class Libvirt implements AsyncDisposable {
     return this.#call("DomainGetVcpusFlags", domain, flags);
   }
 
+  /** `cpuMap` has a bit for each CPU of the host, the lowest bit of its first byte for CPU 0. Flags: DOMAIN_AFFECT. */
+  domainPinVcpuFlags(domain: Domain, vcpu: number, cpuMap: Uint8Array, flags: number): Promise<void> {
+    return this.#call("DomainPinVcpuFlags", domain, vcpu, cpuMap, flags);
+  }
+
   domainSetMemory(domain: Domain, memoryKiB: number): Promise<void> {
     return this.#call("DomainSetMemory", domain, memoryKiB);
   }

@@ -34,6 +34,9 @@ const MAX_LIST_ITEMS = 16_384;
 const MAX_ADDRESSES = 2048;
 const MAX_PARAMETERS = 2048;
 
+/** REMOTE_CPUMAP_MAX. */
+const MAX_CPU_MAP_BYTES = 2048;
+
 /** REMOTE_AUTH_TYPE_LIST_MAX. */
 const MAX_AUTH_TYPES = 20;
 
@@ -188,6 +191,22 @@ const uuid: Codec<string> = {
     writer.opaque(Buffer.from(hex, "hex"));
   },
 };
+
+/** `opaque x<n>`: a count of bytes, then the bytes. */
+function countedBytes(maxBytes: number): Codec<Uint8Array> {
+  return {
+    decode: (reader) => {
+      const lengthBytes = reader.uint32();
+      if (lengthBytes > maxBytes) throw new XdrError(`${lengthBytes} bytes are declared, more than ${maxBytes}`);
+      return Buffer.from(reader.opaque(lengthBytes));
+    },
+    encode: (writer, bytes) => {
+      if (bytes.length > maxBytes) throw new XdrError(`${bytes.length} bytes are more than ${maxBytes}`);
+      writer.uint32(bytes.length);
+      writer.opaque(bytes);
+    },
+  };
+}
 
 /** unsigned hyper, as a number that is exact. */
 const unsignedHyper: Codec<number> = {
@@ -468,6 +487,7 @@ const ROWS = {
   DomainSetVcpus: remote(32, [domain, uint32], nothing),
   DomainSetVcpusFlags: remote(199, [domain, uint32, uint32], nothing),
   DomainGetVcpusFlags: remote(200, [domain, uint32], int32),
+  DomainPinVcpuFlags: remote(225, [domain, uint32, countedBytes(MAX_CPU_MAP_BYTES), uint32], nothing),
   DomainSetMemory: remote(31, [domain, unsignedHyper], nothing),
   DomainSetMemoryFlags: remote(204, [domain, unsignedHyper, uint32], nothing),
   DomainSetMaxMemory: remote(30, [domain, unsignedHyper], nothing),

@@ -135,7 +135,7 @@ export const MACHINE_CHANGES: Readonly<Record<keyof MachineInputs, ChangeRule>> 
   vcpus: depends(
     {
       raised: { what: "more, up to `maxVcpus`", effect: "live" },
-      other: { what: "fewer, or more than `maxVcpus` was", effect: "restart", why: "a guest gives no CPU back that it was started with" },
+      other: { what: "fewer, or more than `maxVcpus` was", effect: "restart", why: "a running guest keeps the CPUs that it has" },
     },
     (olds, news) => {
       const isSameMaximum = (olds.maxVcpus ?? olds.vcpus) === (news.maxVcpus ?? news.vcpus);
@@ -144,7 +144,7 @@ export const MACHINE_CHANGES: Readonly<Record<keyof MachineInputs, ChangeRule>> 
   ),
   maxVcpus: maximum("Vcpus"),
   cpuTopology: hardware,
-  cpuPinning: hardware,
+  cpuPinning: always("live", "the host moves the guest's CPUs, and the guest sees nothing of it"),
   memoryMiB: depends(
     {
       within: { what: "more or less, up to `maxMemoryMiB`", effect: "live", why: "by the balloon, where the guest has its driver" },

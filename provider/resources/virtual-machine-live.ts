@@ -2,7 +2,14 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { LibvirtError } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_BLOCK_RESIZE, DOMAIN_DEVICE_MODIFY, DOMAIN_MEMORY, DOMAIN_VCPU, LIBVIRT_ERROR } from "../libvirt/constants.ts";
+import {
+  DOMAIN_AFFECT,
+  DOMAIN_BLOCK_RESIZE,
+  DOMAIN_DEVICE_MODIFY,
+  DOMAIN_MEMORY,
+  DOMAIN_VCPU,
+  LIBVIRT_ERROR,
+} from "../libvirt/constants.ts";
 import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
 import { type DomainSpec, type ObservedDomain, parseDomain, renderDisk, renderInterface } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
@@ -27,7 +34,7 @@ interface Step {
  */
 export async function changeLive(guest: Guest, wanted: DomainSpec): Promise<void> {
   const live = parseDomain(await guest.libvirt.domainGetXMLDesc(guest.domain));
-  const steps = [...diskSteps(guest, live, wanted), ...interfaceSteps(guest, live, wanted), ...sizeSteps(guest, live, wanted)];
+  const steps = [diskSteps, interfaceSteps, pinningSteps, sizeSteps].flatMap((stepsOf) => stepsOf(guest, live, wanted));
   const done: Step[] = [];
   try {
     for (const step of steps) {
@@ -101,7 +108,10 @@ function interfaceSteps(guest: Guest, live: ObservedDomain, wanted: DomainSpec):
   return steps;
 }
 
-/** Memory and CPUs: of what the guest was started with. A CPU cannot be taken back, so it comes last. */
+/**
+ * Memory and CPUs: of what the guest was started with. A CPU cannot be taken back, so it comes last.
+ * QEMU gives no word when an emulated guest has let a CPU go, and dies of the next one that is plugged in (seen with QEMU 7.2 under libvirt 9.0).
+ */
 function sizeSteps({ libvirt, domain }: Guest, live: ObservedDomain, wanted: DomainSpec): readonly Step[] {
   const steps: Step[] = [];
   const isSameMemory = (live.maxMemoryKiB ?? live.memoryKiB) === (wanted.maxMemoryKiB ?? wanted.memoryKiB);
@@ -114,6 +124,29 @@ function sizeSteps({ libvirt, domain }: Guest, live: ObservedDomain, wanted: Dom
     steps.push({ run: () => libvirt.domainSetVcpusFlags(domain, wanted.vcpus, DOMAIN_VCPU.live) });
   }
   return steps;
+}
+
+/** The CPUs of the host on which those of the guest run. Where that is not said, they may run on all. */
+function pinningSteps({ libvirt, domain }: Guest, live: ObservedDomain, wanted: DomainSpec): readonly Step[] {
+  const cpusOf = ({ pinning }: Pick<ObservedDomain, "pinning">, vcpu: number) => pinning?.find((pin) => pin.vcpu === vcpu)?.cpus;
+  const pin = async (vcpu: number, cpus: string | undefined): Promise<void> => {
+    const { nodes, sockets, cores, threads } = await libvirt.nodeGetInfo();
+    const all = `0-${nodes * sockets * cores * threads - 1}`;
+    await libvirt.domainPinVcpuFlags(domain, vcpu, encodeCpuMap(cpus ?? all), DOMAIN_AFFECT.live);
+  };
+  const vcpus = [...new Set([...(live.pinning ?? []), ...(wanted.pinning ?? [])].map(({ vcpu }) => vcpu))];
+  return vcpus
+    .filter((vcpu) => cpusOf(live, vcpu) !== cpusOf(wanted, vcpu))
+    .map((vcpu) => ({ run: () => pin(vcpu, cpusOf(wanted, vcpu)), undo: () => pin(vcpu, cpusOf(live, vcpu)) }));
+}
+
+/** `0-3,8` as libvirt's bits. */
+function encodeCpuMap(cpus: string): Uint8Array {
+  const ranges = cpus.split(",").map((range) => range.split("-").map(Number));
+  const last = Math.max(...ranges.flat());
+  const map = new Uint8Array(Math.floor(last / 8) + 1);
+  for (const [from = 0, to = from] of ranges) for (let cpu = from; cpu <= to; cpu++) map[cpu >> 3]! |= 1 << (cpu & 7);
+  return map;
 }
 
 /** A device that is plugged in or out. */

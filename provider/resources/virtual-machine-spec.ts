@@ -345,7 +345,7 @@ export function hasHardware(live: ObservedDomain, wanted: ObservedDomain): boole
   return isSame(hardware({ ...live, loader }), hardware(wanted)) && hasCpu(live, wanted);
 }
 
-/** How much of its memory a guest has given back is for it to decide. */
+/** How much of its memory a guest has given back is for it to decide, and on which CPUs it runs for its host. */
 function hardware(domain: ObservedDomain) {
   const {
     uuid: _u,
@@ -355,6 +355,7 @@ function hardware(domain: ObservedDomain) {
     cpu: _c,
     name: _n,
     arch: _a,
+    pinning: _p,
     memoryKiB,
     maxMemoryKiB = memoryKiB,
     ...rest

@@ -26,6 +26,11 @@ interface Change {
   readonly shown?: (libvirtd: Libvirtd) => Promise<void>;
 }
 
+/** Of each of the guest's CPUs, whether its thread may run on the first two of the host's. */
+async function affinities(libvirtd: Libvirtd): Promise<readonly string[]> {
+  return [...(await libvirtd.virsh("vcpuinfo", "live")).matchAll(/CPU Affinity: +(..)/g)].map(([, first]) => first!);
+}
+
 /** What the guest said of one fact, last. */
 function lastOf(console: string, fact: string): string | undefined {
   return [...console.matchAll(new RegExp(`^virtlift-guest now ${fact}=(\\S+)`, "gm"))].at(-1)?.[1];
@@ -36,6 +41,18 @@ const data = { size: "8MiB", name: "data" };
 
 const CHANGES: Readonly<Record<string, Change>> = {
   "a CPU more": { more: { vcpus: 2 }, told: /now vcpus=2/ },
+  "CPUs pinned": {
+    more: { cpuPinning: { "0": "1", "1": "0-1" } },
+    shown: async (libvirtd) => expect(await affinities(libvirtd)).toEqual(["-y", "yy"]),
+  },
+  "one CPU not pinned any more, another one moved": {
+    more: { cpuPinning: { "1": "0" } },
+    shown: async (libvirtd) => expect(await affinities(libvirtd)).toEqual(["yy", "y-"]),
+  },
+  "CPUs not pinned any more": {
+    more: { cpuPinning: {} },
+    shown: async (libvirtd) => expect(await affinities(libvirtd)).toEqual(["yy", "yy"]),
+  },
   "more memory": { more: { memoryMiB: 320 }, told: /now memory-mib=2(5|6|7|8|9)\d/ },
   "less memory": { more: { memoryMiB: 256 }, told: /now memory-mib=(1[89]|2[0-3])\d/ },
   "a larger disk": { more: { disks: [{ ...data, size: "16MiB" }, { device: "cdrom" }] }, told: /now present=\/dev\/vdb bytes=16777216/ },
@@ -77,6 +94,11 @@ const CHANGES: Readonly<Record<string, Change>> = {
     told: new RegExp(`now present=${SECOND_MAC} carrier=1`),
     shown: async (libvirtd) =>
       expect(await libvirtd.virsh("domiflist", "live")).toMatch(new RegExp(`network +second +virtio +${SECOND_MAC}`)),
+  },
+  "the interfaces in another order": {
+    more: {
+      networks: [{ network: "second", model: "virtio", mac: SECOND_MAC }, network],
+    },
   },
   "the first interface less": {
     more: { networks: [{ network: "second", model: "virtio", mac: SECOND_MAC }] },
