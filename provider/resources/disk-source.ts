@@ -6,6 +6,7 @@ import { resolveChecksum } from "../transfer/checksum.ts";
 import { ImageError } from "../image/parser.ts";
 import { isTar } from "../image/tar.ts";
 import { wrappingOf } from "../image/wrapping.ts";
+import { isZip, ZIP_MAGIC_BYTES } from "../image/zip.ts";
 import { fetchOnHost, lookFromHost } from "../transfer/host-fetch.ts";
 import { shownUrl, urlFileName } from "../transfer/http.ts";
 import { type HostFile, HostFolder, type HostMode } from "../transfer/on-host.ts";
@@ -113,7 +114,7 @@ async function previewFetch(
   const path = shownUrl(source.url);
   const { head, sizeBytes } = await lookFromHost(host, source);
   const wrapping = wrappingOf(head);
-  const other = wrapping ? `is wrapped in ${wrapping}` : isTar(head) ? "is an OVA" : undefined;
+  const other = wrapping ? `is wrapped in ${wrapping}` : isTar(head) ? "is an OVA" : isZip(head) ? "is a zip archive" : undefined;
   if (other !== undefined)
     throw refusal(path, `${path} ${other}, which is only taken apart on this machine: let it fetch (\`fetch: "client"\`)`);
   const image = await imageAhead(head, sizeBytes, sizeBytes === head.length).catch((error: unknown) => {
@@ -154,8 +155,10 @@ async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, is
   await refuseUsed(host, file, mode);
   // A block device is its guest's from the first byte on: what looks like a format there is the guest's own.
   const options = { ...settings, checksum, isPreview, folder, ...(file.kind === "block" && { format: "raw" as const }) };
-  if (file.kind === "file" && (await findWrapping(await folder.file("")))) {
-    throw refusal(path, `${path} on ${host.label} is wrapped, which is only taken off on the machine that runs Pulumi: unpack it there`);
+  if (file.kind === "file") {
+    const range = await folder.file("");
+    if ((await findWrapping(range)) || isZip(await range.readCached(0, ZIP_MAGIC_BYTES)))
+      throw refusal(path, `${path} on ${host.label} is wrapped, which is only taken off on the machine that runs Pulumi: unpack it there`);
   }
   const opened = await openSource({ file: path }, options);
   try {

@@ -85,13 +85,19 @@ export const VolumeNameSchema = z
   .regex(/^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$/, "a disk's name is 1 to 200 letters, digits and . _ + -, beginning with a letter or digit");
 
 const FileSourceSchema = z.strictObject({
-  /** Path of a disk image on the machine that runs Pulumi: VMDK (also in several files), qcow2, raw, VHD, VHDX, VDI. Relative to the program's folder. */
+  /**
+   * Path of a disk image on the machine that runs Pulumi: VMDK (also in several files), qcow2, raw, VHD, VHDX, VDI; also wrapped in gzip, xz or zstd,
+   * or in a zip archive that holds one. Relative to the program's folder.
+   */
   file: z.string().min(1),
 });
 const OvaSourceSchema = z.strictObject({
-  /** Path of an OVA, or of an OVF beside its disks, on the machine that runs Pulumi. */
+  /** Path of an OVA, of an OVF beside its disks, or of a zip archive with such or with several disks, on the machine that runs Pulumi. */
   ova: z.string().min(1),
-  /** Which disk: its index in the hardware's order (controller, unit), from 0, or its file name. Default: the only one. */
+  /**
+   * Which disk: its index in the hardware's order (controller, unit), from 0, or its file name; where a zip archive holds several disks and no OVF, the
+   * index in the archive's order. Default: the only one.
+   */
   disk: z.union([z.number().int().min(0), z.string().min(1)]).optional(),
 });
 const UrlSchema = z.string().superRefine((url, context) => {

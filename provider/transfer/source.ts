@@ -7,7 +7,8 @@ import type { Digest } from "../image/manifest.ts";
 import { openOva, openOvf, type OvfPackage, type PackagedDisk, selectDisk } from "../image/ova.ts";
 import { ImageError } from "../image/parser.ts";
 import { isTar } from "../image/tar.ts";
-import type { Wrapping } from "../image/wrapping.ts";
+import { type Wrapping, wrappingOf } from "../image/wrapping.ts";
+import { isZip, ZIP_MAGIC_BYTES } from "../image/zip.ts";
 import { resolveChecksum } from "./checksum.ts";
 import { LocalFolder } from "./files.ts";
 import { shownUrl, urlFileName, type WebSpec } from "./http.ts";
@@ -16,6 +17,7 @@ import { drive, type Folder, Range, type Resolve } from "./range.ts";
 import { scratchRoom } from "./scratch.ts";
 import { chunksOf, declaredInside, digestOf, findWrapping, peekInside, stage } from "./unwrap.ts";
 import { WebFolder } from "./url.ts";
+import { ZipFolder } from "./zip-folder.ts";
 
 /** What tells a tar archive, and with it an OVA. */
 const TAR_SNIFF_BYTES = 512;
@@ -141,6 +143,24 @@ interface Need {
   readonly wrapping: Wrapping | undefined;
 }
 
+/** A file, and where those lie that its image may name; undefined where it is packed alone. */
+interface Found {
+  readonly range: Range;
+  readonly beside: Folder | undefined;
+}
+
+/** What a look at a wrapped or packed file brings. */
+interface Glimpse {
+  /** Why it is staged, the beginning of a sentence. */
+  readonly why: string;
+  readonly bytes: Buffer;
+  readonly isWhole: boolean;
+  /** How large it says to be inside. */
+  readonly declaredBytes: number | undefined;
+  /** Answers for other files of the image. */
+  readonly beside?: Resolve;
+}
+
 /** The way from a declaration to an image, and all that is opened on it. */
 class Opening {
   readonly path: string;
@@ -167,14 +187,17 @@ class Opening {
     const file = await this.#folder.file("");
     const need = await this.#needOf(file, declared);
     const outer: Ready = need ? await this.#stage(file, need, declared) : { range: file };
-    const isPackage = await this.#isPackage(outer.range);
-    if (isPackage && !need && declared && !this.#options.isPreview) await digestOf(file, declared);
-    const inside = isPackage ? await this.#unpack(outer.range) : undefined;
-    const disk = inside ? await this.#unwrapMember(inside.disk, inside.digest) : outer;
-    const resolve = this.#resolver(disk.range, outer.range === file && !inside);
+    const zip = await this.#openZip(outer.range);
+    const found: Found = zip ? { range: await zip.file(""), beside: zip } : { range: outer.range, beside: need ? undefined : this.#folder };
+    const isPackage = await this.#isPackage(found.range, zip !== undefined);
+    const isPacked = isPackage || zip !== undefined;
+    if (isPacked && !need && declared && !this.#options.isPreview) await digestOf(file, declared);
+    const inside = isPackage ? await this.#unpack(found) : undefined;
+    const disk = isPacked ? await this.#unwrapMember(inside?.disk ?? found.range, inside?.digest) : outer;
+    const resolve = this.#resolver(disk.range, inside || disk.range !== found.range ? undefined : found.beside);
     const format = this.#options.format;
     const image = await drive(openImage({ sizeBytes: disk.range.sizeBytes, ...(format && { format }) }), resolve);
-    const isCompared = isPackage || need !== undefined;
+    const isCompared = isPacked || need !== undefined;
     const files: SourceFile[] = [];
     for (const { name } of image.files) {
       const range = await resolve(name);
@@ -219,23 +242,28 @@ class Opening {
     const declared = await this.#declaredDigest();
     const file = await this.#folder.file("");
     const need = await this.#needOf(file, declared);
-    if (need) return this.#outlook(file, need, declared);
-    if (!(await this.#isPackage(file))) return undefined;
-    const { disk, digest } = await this.#unpack(file);
+    if (need) return this.#outlook(file, await this.#glimpse(file, need), declared);
+    const zip = await this.#openZip(file);
+    const found: Found = zip ? { range: await zip.file(""), beside: zip } : { range: file, beside: this.#folder };
+    if (zip && !isDescriptorName(found.range.name)) return this.#outlook(found.range, await this.#glimpseInZip(zip, found.range), declared);
+    if (!(await this.#isPackage(found.range, zip !== undefined))) return undefined;
+    const { disk, digest } = await this.#unpack(found);
+    if (zip) return this.#outlook(disk, await this.#glimpseInZip(zip, disk), declared ?? digest);
     const wrapping = await findWrapping(disk);
-    return wrapping && this.#outlook(disk, { wrapping }, declared ?? digest);
+    return wrapping && this.#outlook(disk, await this.#glimpse(disk, { wrapping }), declared ?? digest);
   }
 
   /** Why the declared file cannot be read as it lies there; undefined when it can. */
   async #needOf(file: Range, declared: Digest | undefined): Promise<Need | undefined> {
     const wrapping = this.#options.format === "raw" ? undefined : await findWrapping(file);
     // Of a package only one member is read: where its whole digest is to be compared, it is fetched whole.
-    const isWholeWanted = "url" in this.#spec && declared !== undefined && (await this.#isPackage(file));
+    const isWholeWanted =
+      "url" in this.#spec && declared !== undefined && ((await this.#isPackage(file, false)) || (await this.#isZip(file)));
     return wrapping !== undefined || file.isForwardOnly || isWholeWanted ? { wrapping } : undefined;
   }
 
-  async #outlook(range: Range, { wrapping }: Need, vouched: Digest | undefined): Promise<StagedOutlook> {
-    const folder = this.#options.scratchFolder ?? tmpdir();
+  async #glimpse(range: Range, { wrapping }: Need): Promise<Glimpse> {
+    const folder = this.#scratchFolder;
     const roomBytes = await scratchRoom(folder);
     const { bytes, isWhole } = await peekInside(range, wrapping);
     const declaredBytes = wrapping === undefined ? range.knownSizeBytes : await declaredInside(range, wrapping);
@@ -245,18 +273,32 @@ class Opening {
         { step: "source", path: this.path },
       );
     }
-    const sizeBytes = isWhole ? bytes.length : declaredBytes;
-    const words =
+    const why =
       wrapping === undefined
         ? "the server gives no ranges, or the checksum of a whole package is to be compared"
         : `it is wrapped in ${wrapping}`;
+    return { why, bytes, isWhole, declaredBytes };
+  }
+
+  async #glimpseInZip(zip: ZipFolder, range: Range): Promise<Glimpse> {
+    const peek = await zip.peek(range.name);
+    const beside: Resolve = async (name) => {
+      const { sizeBytes } = await zip.file(name);
+      return new Range(name, { sizeBytes }, { readAt: readAhead((await zip.peek(name)).bytes) });
+    };
+    return { why: "it is packed in a zip archive", ...peek, declaredBytes: range.sizeBytes, beside };
+  }
+
+  async #outlook(range: Range, glimpse: Glimpse, vouched: Digest | undefined): Promise<StagedOutlook> {
+    const { why, bytes, isWhole, declaredBytes, beside } = glimpse;
+    const sizeBytes = isWhole ? bytes.length : declaredBytes;
     const size = sizeBytes === undefined ? "of a size that shows then" : `of up to ${formatBytes(sizeBytes)}`;
     return {
       path: this.path,
-      image: await imageAhead(bytes, sizeBytes, isWhole),
+      image: await imageAhead(bytes, sizeBytes, isWhole, beside),
       fileBytes: range.knownSizeBytes,
       expected: vouched,
-      notes: [...this.#notes, `${words}: a temporary copy ${size} lies in ${folder} during the import`],
+      notes: [...this.#notes, `${why}: a temporary copy ${size} lies in ${this.#scratchFolder} during the import`],
     };
   }
 
@@ -267,28 +309,46 @@ class Opening {
     return resolveChecksum(checksum, name, this.#options);
   }
 
-  async #isPackage(range: Range): Promise<boolean> {
-    if ("ova" in this.#spec) return true;
-    return "url" in this.#spec && (isDescriptorName(range.name) || isTar(await range.readCached(0, TAR_SNIFF_BYTES)));
+  get #scratchFolder(): string {
+    return this.#options.scratchFolder ?? tmpdir();
+  }
+
+  async #isPackage(range: Range, isInZip: boolean): Promise<boolean> {
+    if ("ova" in this.#spec && !isInZip) return true;
+    const isLookedAt = isInZip || "url" in this.#spec;
+    return isLookedAt && (isDescriptorName(range.name) || isTar(await range.readCached(0, TAR_SNIFF_BYTES)));
+  }
+
+  async #isZip(range: Range): Promise<boolean> {
+    return this.#options.format !== "raw" && isZip(await range.readCached(0, ZIP_MAGIC_BYTES));
+  }
+
+  /** undefined when the range is no zip archive. */
+  async #openZip(range: Range): Promise<ZipFolder | undefined> {
+    if (!(await this.#isZip(range))) return undefined;
+    const wanted = "file" in this.#spec ? undefined : this.#spec.disk;
+    const zip = await ZipFolder.open(range, wanted, { scratchFolder: this.#scratchFolder, signal: this.#options.signal });
+    this.#staged.push(zip);
+    return zip;
   }
 
   async #stage(range: Range, { wrapping }: Need, expected: Digest | undefined): Promise<Ready> {
-    const { scratchFolder, signal } = this.#options;
-    const staged = await stage(range.name, chunksOf(range), { folder: scratchFolder ?? tmpdir(), wrapping, expected, signal });
+    const { signal } = this.#options;
+    const staged = await stage(range.name, chunksOf(range), { folder: this.#scratchFolder, packing: wrapping, expected, signal });
     this.#staged.push(staged);
     return { range: staged.range, wrappedDigest: staged.digest };
   }
 
-  /** What an OVF calls compressed, and what is without a word. */
+  /** What an OVF calls compressed, what is without a word, and what a zip archive holds besides. */
   async #unwrapMember(member: Range, expected: Digest | undefined): Promise<Ready> {
     const wrapping = await findWrapping(member);
     return wrapping ? this.#stage(member, { wrapping }, expected) : { range: member };
   }
 
   /** The wanted disk of a machine in an OVA, or in an OVF beside its files. */
-  async #unpack(archive: Range) {
+  async #unpack({ range: archive, beside = this.#folder }: Found) {
     const wanted = "file" in this.#spec ? undefined : this.#spec.disk;
-    const locate: Resolve = (name) => (name === "" ? Promise.resolve(archive) : this.#folder.file(name));
+    const locate: Resolve = (name) => (name === "" ? Promise.resolve(archive) : beside.file(name));
     const isDescriptor = isDescriptorName(archive.name);
     const machine = await drive(isDescriptor ? openOvf(archive.name, archive.sizeBytes) : openOva(archive.sizeBytes), locate);
     const disk = selectDisk(machine.disks, wanted);
@@ -299,40 +359,60 @@ class Opening {
   }
 
   /** Answers for the image and, where they lie beside it, the files that it names. */
-  #resolver(disk: Range, hasNeighbours: boolean): Resolve {
+  #resolver(disk: Range, beside: Folder | undefined): Resolve {
     return async (name) => {
       if (name === "" || name === disk.name) return disk;
-      if (hasNeighbours) return this.#folder.file(name);
-      throw new ImageError(`${disk.name} is only a part of a disk: what is packed or wrapped holds each disk in one file`);
+      if (beside) return beside.file(name);
+      throw partial(disk.name);
     };
   }
+}
+
+function partial(name: string): ImageError {
+  return new ImageError(`${name} is only a part of a disk: what is packed or wrapped holds each disk in one file`);
 }
 
 function isDescriptorName(name: string): boolean {
   return name.toLowerCase().endsWith(".ovf");
 }
 
-/** What the first bytes of a file tell about the image in it; undefined when it is a package, or goes on where they end. A fixed VHD, told by its last bytes, shows as raw. */
-export async function imageAhead(bytes: Buffer, sizeBytes: number | undefined, isWhole: boolean): Promise<StagedOutlook["image"]> {
+/**
+ * What the first bytes of a file tell about the image in it; undefined when it is a package, or goes on where they end. A fixed VHD, told by its last
+ * bytes, shows as raw. `beside` answers for other files of the image; by default there are none.
+ */
+export async function imageAhead(
+  bytes: Buffer,
+  sizeBytes: number | undefined,
+  isWhole: boolean,
+  beside?: Resolve,
+): Promise<StagedOutlook["image"]> {
   const parse = async (assumedBytes: number): Promise<StagedOutlook["image"]> => {
-    const readAt = async (offset: number, length: number): Promise<Buffer> => {
-      if (offset + length > bytes.length) throw new BeyondPeek("the bytes are not at hand");
-      return bytes.subarray(offset, offset + length);
+    const range = new Range("", { sizeBytes: assumedBytes }, { readAt: readAhead(bytes) });
+    const resolve: Resolve = async (name) => {
+      if (name === "") return range;
+      if (beside) return beside(name);
+      throw partial("it");
     };
-    const range = new Range("", { sizeBytes: assumedBytes }, { readAt });
-    const { format, variant, virtualSizeBytes } = await drive(openImage({ sizeBytes: assumedBytes }), () => Promise.resolve(range));
+    const { format, variant, virtualSizeBytes } = await drive(openImage({ sizeBytes: assumedBytes }), resolve);
     return { format, variant, virtualSizeBytes };
   };
-  if (isTar(bytes)) return undefined;
-  if (isWhole) return parse(bytes.length);
+  if (isTar(bytes) || isZip(bytes) || wrappingOf(bytes) !== undefined) return undefined;
   try {
-    return await parse(sizeBytes ?? Number.MAX_SAFE_INTEGER);
+    return await parse(isWhole ? bytes.length : (sizeBytes ?? Number.MAX_SAFE_INTEGER));
   } catch (error) {
     if (!(error instanceof BeyondPeek)) throw error;
   }
   // Where even the start alone, taken for all, is nothing but raw, only the size is left to know.
   const alone = await parse(bytes.length).catch(() => undefined);
   return alone?.format === "raw" && sizeBytes !== undefined ? { ...alone, virtualSizeBytes: sizeBytes } : undefined;
+}
+
+/** Reads the first bytes of a file of any size. */
+function readAhead(bytes: Buffer): (offset: number, length: number) => Promise<Buffer> {
+  return async (offset, length) => {
+    if (offset + length > bytes.length) throw new BeyondPeek("the bytes are not at hand");
+    return bytes.subarray(offset, offset + length);
+  };
 }
 
 /** The header goes on where only the import will read. */

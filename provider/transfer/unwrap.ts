@@ -1,10 +1,11 @@
-/** Takes gzip, xz and zstd off a source: inflates it forward, bounded, into a file without a name. */
+/** Takes gzip, xz, zstd and a zip's deflate off a source: inflates it forward, bounded, into a file without a name. */
 import { createHash, type Hash } from "node:crypto";
-import { constants, createGunzip, createZstdDecompress } from "node:zlib";
+import { constants, crc32, createGunzip, createInflateRaw, createZstdDecompress } from "node:zlib";
 import xz from "xz-decompress";
 import { ImageError } from "../image/parser.ts";
 import type { Digest } from "../image/manifest.ts";
 import { openImage } from "../image/open.ts";
+import { quoted } from "../image/words.ts";
 import { declaredSize, type Wrapping, WRAPPING_MAGIC_BYTES, wrappingOf } from "../image/wrapping.ts";
 import { ZstdSplitter } from "../image/zstd.ts";
 import { formatBytes } from "./progress.ts";
@@ -28,6 +29,9 @@ const HARMLESS_BYTES = 64 * 1024 * 1024;
 /** An image holds hardly more than its disk: its tables, and snapshots. */
 const MAX_IMAGE_SHARE = 2;
 
+/** How bytes are packed: wrapped as a file, or as the member of a zip archive. */
+export type Packing = Wrapping | "deflate";
+
 /** What the bytes of a range are wrapped in. */
 export async function findWrapping(range: Range): Promise<Wrapping | undefined> {
   return wrappingOf(await range.readCached(0, WRAPPING_MAGIC_BYTES));
@@ -48,28 +52,36 @@ export interface Staged {
 export interface StageOptions {
   /** The folder of the temporary file. */
   readonly folder: string;
-  readonly wrapping: Wrapping | undefined;
+  readonly packing: Packing | undefined;
   /** What the bytes as they come must hash to. */
   readonly expected: Digest | undefined;
+  /** What the bytes inside must come to, as a zip archive says. */
+  readonly promised?: { readonly sizeBytes: number; readonly crc32: number };
   readonly signal?: AbortSignal | undefined;
 }
 
 /**
  * Copies what comes into a temporary file, inflated where it is wrapped. Zeros take no room there. Close what comes back.
  *
- * Throws ImageError on damaged bytes, another digest than expected, and what grows beyond bounds: to over twice the size of the disk that its own
- * header declares, or else to over 200 times what it was wrapped in. DiskError (step "source") when the folder cannot hold it.
+ * Throws ImageError on damaged bytes, another digest than expected, another size or CRC-32 than promised, and what grows beyond bounds: to over twice
+ * the size of the disk that its own header declares, or else to over 200 times what it was wrapped in. DiskError (step "source") when the folder cannot hold it.
  */
 export async function stage(name: string, chunks: AsyncIterable<Uint8Array>, options: StageOptions): Promise<Staged> {
-  const { wrapping, expected, signal } = options;
+  const { packing, expected, promised, signal } = options;
   const file = await ScratchFile.open(options.folder);
   try {
     const hash = new PassingHash(expected);
-    const inflated = wrapping === undefined ? hash.watch(chunks) : inflate(wrapping, hash.watch(chunks));
+    const inflated = packing === undefined ? hash.watch(chunks) : inflate(packing, hash.watch(chunks));
     let limitBytes: number | undefined;
     let peeked = false;
+    let checksum = 0;
     for await (const bytes of inflated) {
       signal?.throwIfAborted();
+      if (promised) {
+        checksum = crc32(bytes, checksum);
+        if (file.sizeBytes + bytes.length > promised.sizeBytes)
+          throw brokenPromise(name, `it holds more than the ${promised.sizeBytes} bytes`);
+      }
       await file.append(bytes);
       if (!peeked && file.sizeBytes >= PEEKED_BYTES + READ_BYTES) {
         peeked = true;
@@ -80,17 +92,29 @@ export async function stage(name: string, chunks: AsyncIterable<Uint8Array>, opt
           `it holds more than ${formatBytes(limitBytes)}, and its header declares less than half of that: it is damaged or crafted`,
         );
       }
-      if (wrapping !== undefined && file.dataBytes > Math.max(HARMLESS_BYTES, MAX_GROWTH * hash.sizeBytes)) {
+      if (packing !== undefined && file.dataBytes > Math.max(HARMLESS_BYTES, MAX_GROWTH * hash.sizeBytes)) {
         throw new ImageError(`it inflates to more than ${MAX_GROWTH} times its size, as no disk does: it is damaged or crafted`);
       }
     }
     const digest = hash.finish(name);
+    if (promised && file.sizeBytes !== promised.sizeBytes)
+      throw brokenPromise(name, `it holds ${file.sizeBytes} bytes instead of the ${promised.sizeBytes}`);
+    if (promised && checksum !== promised.crc32)
+      throw brokenPromise(name, `its CRC-32 is ${hex(checksum)} instead of the ${hex(promised.crc32)}`);
     const range = await file.finish(name);
     return { range, digest, close: () => file.close() };
   } catch (error) {
     await file.close();
     throw error;
   }
+}
+
+function brokenPromise(name: string, words: string): ImageError {
+  return new ImageError(`${quoted(name)} is damaged: ${words} that the archive promises`);
+}
+
+function hex(checksum: number): string {
+  return checksum.toString(16).padStart(8, "0");
 }
 
 /** The most bytes that an image with this header may have; undefined when it declares no disk of a size of its own. */
@@ -108,13 +132,13 @@ async function imageLimit(start: Range): Promise<number | undefined> {
 /** The first few MiB of a range, or of what is wrapped in it. `isWhole` says that there is no more. */
 export async function peekInside(
   range: Range,
-  wrapping: Wrapping | undefined,
+  packing: Packing | undefined,
 ): Promise<{ readonly bytes: Buffer; readonly isWhole: boolean }> {
   const parts: Uint8Array[] = [];
   let length = 0;
   let isWhole = true;
   const start = first(range, MAX_PEEKED_READS * READ_BYTES);
-  for await (const bytes of wrapping === undefined ? start : inflate(wrapping, start)) {
+  for await (const bytes of packing === undefined ? start : inflate(packing, start)) {
     parts.push(bytes);
     length += bytes.length;
     isWhole = length <= PEEKED_BYTES;
@@ -184,7 +208,7 @@ class PassingHash {
 }
 
 /** What is inside of the chunks. Throws ImageError when they are damaged, end early, or ask for too much memory; passes on what `chunks` throws. */
-async function* inflate(wrapping: Wrapping, chunks: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+async function* inflate(packing: Packing, chunks: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
   let broken: { readonly error: unknown } | undefined;
   async function* source(): AsyncGenerator<Uint8Array> {
     try {
@@ -195,17 +219,17 @@ async function* inflate(wrapping: Wrapping, chunks: AsyncIterable<Uint8Array>): 
     }
   }
   try {
-    yield* wrapping === "xz" ? inflateXz(source()) : inflateByZlib(wrapping, source());
+    yield* packing === "xz" ? inflateXz(source()) : inflateByZlib(packing, source());
   } catch (error) {
     if (broken) throw broken.error;
     if (error instanceof ImageError) throw error;
-    throw new ImageError(`what is wrapped in ${wrapping} cannot be inflated: ${reasonOf(wrapping, error)}`);
+    throw new ImageError(`what is wrapped in ${packing} cannot be inflated: ${reasonOf(packing, error)}`);
   }
 }
 
-function reasonOf(wrapping: Wrapping, error: unknown): string {
+function reasonOf(packing: Packing, error: unknown): string {
   const text = error instanceof Error ? error.message : String(error);
-  if (wrapping !== "xz") return text;
+  if (packing !== "xz") return text;
   return XZ_REASONS[Number(/error code (\d+)$/.exec(text)?.[1])] ?? text;
 }
 
@@ -225,15 +249,23 @@ async function* inflateXz(chunks: AsyncGenerator<Uint8Array>): AsyncGenerator<Ui
   yield* new xz.XzReadableStream(input) as unknown as AsyncIterable<Uint8Array>;
 }
 
-async function* inflateByZlib(wrapping: "gzip" | "zstd", chunks: AsyncGenerator<Uint8Array>): AsyncGenerator<Uint8Array> {
-  const inflater =
-    wrapping === "gzip"
-      ? createGunzip({ chunkSize: READ_BYTES })
-      : createZstdDecompress({ chunkSize: READ_BYTES, params: { [constants.ZSTD_d_windowLogMax]: MAX_ZSTD_WINDOW_LOG } });
+function openInflater(packing: Exclude<Packing, "xz">) {
+  switch (packing) {
+    case "gzip":
+      return createGunzip({ chunkSize: READ_BYTES });
+    case "deflate":
+      return createInflateRaw({ chunkSize: READ_BYTES });
+    case "zstd":
+      return createZstdDecompress({ chunkSize: READ_BYTES, params: { [constants.ZSTD_d_windowLogMax]: MAX_ZSTD_WINDOW_LOG } });
+  }
+}
+
+async function* inflateByZlib(packing: Exclude<Packing, "xz">, chunks: AsyncGenerator<Uint8Array>): AsyncGenerator<Uint8Array> {
+  const inflater = openInflater(packing);
   const closed = new Promise<void>((resolve) => inflater.once("close", resolve));
   const feed = async (): Promise<void> => {
     // Behind the end of a frame node's zstd drops the rest of the chunk without a word (24.21, measured): no chunk may hold more than one.
-    const splitter = wrapping === "zstd" ? new ZstdSplitter() : undefined;
+    const splitter = packing === "zstd" ? new ZstdSplitter() : undefined;
     for await (const chunk of chunks) {
       for (const bytes of splitter?.split(chunk) ?? [chunk]) {
         if (inflater.destroyed) return;

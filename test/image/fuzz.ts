@@ -3,9 +3,11 @@ import { ImageError, MAX_READ_BYTES } from "../../provider/image/parser.ts";
 import { openImage } from "../../provider/image/open.ts";
 import { openOva } from "../../provider/image/ova.ts";
 import { readStamp } from "../../provider/image/qcow2.ts";
+import { locateMember, parseZip, selectMember } from "../../provider/image/zip.ts";
 import { drive, fromBytes, type Source } from "./drive.ts";
 import { dynamicVhdSeed, fixedVhdSeed, ovfSeed, sealTarHeader, sealVhd, sealVhdx, tarSeed, vdiSeed, vhdxSeed } from "./seeds.ts";
 import { cowdSeed, descriptorText, qcow2Seed, sparseVmdkSeed, streamVmdkSeed, VMDK_CAPACITY_SECTORS } from "./sparse-seeds.ts";
+import { zipSeed } from "./zip-seeds.ts";
 
 /** A valid file and those beside it; each of them is mutated. */
 interface Seed {
@@ -28,6 +30,10 @@ function seeds(): readonly Seed[] {
     { name: "seed.ovf", data: Buffer.from(ovfSeed("seed-disk1.vhd", disk.length)) },
     { name: "seed-disk1.vhd", data: disk },
   ]);
+  const members = [
+    { name: "web/disk.raw", data: Buffer.alloc(4096, 7), isDeflated: true, hasDescriptor: true },
+    { name: "web/seed.ovf", data: Buffer.from("<Envelope/>") },
+  ];
   const openArchive = (source: Source, sizeBytes: number): unknown => drive(openOva(sizeBytes), source, BUDGET);
   return [
     image("qcow2", qcow2Seed()),
@@ -43,6 +49,8 @@ function seeds(): readonly Seed[] {
     image("VHDX", vhdxSeed(), { seal: sealVhdx }),
     image("VDI", vdiSeed()),
     { name: "OVA", file: ova, beside: {}, seal: sealTarHeader, parse: openArchive },
+    image("zip", zipSeed(members), { parse: proveZip }),
+    image("zip64", zipSeed(members, true), { parse: proveZip }),
   ];
 }
 
@@ -141,6 +149,25 @@ function proveImage(source: Source, sizeBytes: number): void {
     guestEnd = Math.max(guestEnd, run.virtualOffset + run.lengthBytes);
   }
   if (guestEnd > image.virtualSizeBytes) throw new Error(`a run ends at ${guestEnd} of ${image.virtualSizeBytes} bytes`);
+}
+
+function proveZip(source: Source, sizeBytes: number): void {
+  const members = drive(parseZip(sizeBytes), source, BUDGET);
+  let read = 0;
+  for (const member of members) {
+    try {
+      const { offset, lengthBytes } = drive(locateMember(member), source, BUDGET);
+      if (offset < 0 || lengthBytes < 0 || offset + lengthBytes > sizeBytes)
+        throw new Error(`a member lies outside: ${JSON.stringify(member)}`);
+      if (member.name.startsWith("/") || member.name.split("/").includes("..")) throw new Error(`a name leads out: ${member.name}`);
+      read += lengthBytes;
+    } catch (error) {
+      // One that cannot be read keeps nobody from the others.
+      if (!(error instanceof ImageError)) throw error;
+    }
+  }
+  if (read > sizeBytes) throw new Error("members overlap");
+  selectMember(members, undefined);
 }
 
 function mutated(bytes: Buffer, below: (limit: number) => number): Buffer {

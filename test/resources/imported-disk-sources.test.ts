@@ -118,7 +118,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       await importedDisk.delete(caller.context, state.diskId, state);
     });
 
-    it("arrives from what is wrapped, and says in preview that it will be staged", async () => {
+    it("arrives from what is wrapped or zipped, and says in preview that it will be staged", async () => {
       await using caller = await openCaller(ways.local.host);
       await using server = await openWebServer();
       await execute("xz", ["-k", "-1", caller.raw]);
@@ -131,6 +131,21 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       );
       expect(await guestHash(caller, state, caller.guest.length)).toBe(sha256(caller.guest));
       await importedDisk.delete(caller.context, state.diskId, state);
+
+      const vmdk = join(caller.directory, "disk.vmdk");
+      await qemuImg("convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", caller.raw, vmdk);
+      await execute("zip", ["-q", "-j", `${vmdk}.zip`, vmdk]);
+      server.files.set("/disk.zip", { bytes: await readFile(`${vmdk}.zip`) });
+      for (const source of [{ file: `${vmdk}.zip` }, { url: `${server.origin}/disk.zip` }]) {
+        const unpacked = await caller.create({ source, layout: "compressed" });
+        expect(unpacked.sourceDigest).toBe(`sha256:${sha256(await readFile(vmdk))}`);
+        await qemuImg("compare", "-f", "qcow2", "-F", "raw", unpacked.path, caller.raw);
+        await importedDisk.delete(caller.context, unpacked.diskId, unpacked);
+      }
+      const onHost = { hostPath: `${vmdk}.zip` };
+      expect(await caller.reason({ source: onHost })).toMatch(/disk\.vmdk\.zip on .* is wrapped, .*: unpack it there/);
+      const fetched = { url: `${server.origin}/disk.zip`, fetch: "host" };
+      expect(await caller.reason({ source: fetched })).toMatch(/disk\.zip is a zip archive, which is only taken apart on this machine/);
     });
 
     it("is refused in preview with a sentence of its own, and without secrets", async () => {
