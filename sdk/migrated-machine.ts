@@ -1,7 +1,8 @@
-/** A machine from its package, whole: reads an OVA or an OVF and declares the disks and the machine that it describes. */
+/** A machine from its package, whole: reads an OVA, an OVF or a VMX and declares the disks and the machine that it describes. */
 import * as pulumi from "@pulumi/pulumi";
 import type { DescribedDisk, DescribedNetwork, MachineDescription } from "../provider/resources/machine-description.ts";
 import { ImportedDisk, type ImportedDiskArgs } from "./imported-disk.ts";
+import { diskSource, packagePath, type PackageSource } from "./package-source.ts";
 import { loadProvider } from "./provider.ts";
 import { type Host, type Later, originOf, withSecrets } from "./values.ts";
 import { VirtualMachine, type VirtualMachineArgs } from "./virtual-machine.ts";
@@ -23,8 +24,11 @@ type ByName<Value> = Readonly<Record<string, Value>>;
 
 /** Which machine to bring home, and what to make of it. */
 export interface MigratedMachineArgs {
-  /** Path of an OVA, or of an OVF beside its disks, on the machine that runs Pulumi. Relative to the program's folder. Not an output: what is declared depends on it. */
-  readonly source: { readonly ova: string };
+  /**
+   * Path of an OVA or an OVF (`ova`), or of a VMX (`vmx`), on the machine that runs Pulumi; the disks of an OVF and of a VMX lie beside it. Relative to
+   * the program's folder. Not an output: what is declared depends on it.
+   */
+  readonly source: PackageSource;
   /** The host that gets the machine: a libvirt URI, or an object with what a URI cannot say. Default: the stack's configuration `virtlift:host`. */
   readonly host?: Later<Host>;
   /** The machine's name in libvirt. Default: the logical name. */
@@ -33,9 +37,12 @@ export interface MigratedMachineArgs {
   readonly networks?: ByName<NetworkTarget>;
   /** The pool of each disk. Default: `{ "*": "default" }`; a disk without an entry goes to `default`. */
   readonly pools?: ByName<pulumi.Input<string>>;
-  /** Arguments of disks, over what the package says. */
+  /** Arguments of disks, over what the package says. `false` under the label of a CD-ROM drive leaves the drive out. */
   readonly disks?: ByName<DiskOverride>;
-  /** Arguments of the machine, over what the package says: `{ memoryMiB: 8192, bus: "virtio" }`. */
+  /**
+   * Arguments of the machine, over what the package says: `{ memoryMiB: 8192, bus: "virtio" }`. Another number of CPUs comes without the package's
+   * topology, and a CD-ROM drive of your own in place of all of the package's.
+   */
   readonly machine?: Omit<VirtualMachineArgs, "host" | "name" | "importedDisk" | "image">;
   /** The user's own name for this migration. */
   readonly migrationRef?: pulumi.Input<string>;
@@ -57,16 +64,17 @@ export class MigratedMachine extends pulumi.ComponentResource {
 
   constructor(name: string, args: MigratedMachineArgs, options?: pulumi.ComponentResourceOptions) {
     super(TYPE, name, {}, options);
-    const description = args.description ?? loadProvider().describeMachine(args.source.ova);
+    const description = args.description ?? loadProvider().describeMachine(packagePath(args.source));
     this.description = description;
-    // Without an engine, as in a test with mocks, nobody reads them.
-    if (pulumi.runtime.hasEngine()) for (const note of description.notes) void pulumi.log.info(`${name}: ${note}`, this);
+    // Without an engine nobody reads them.
+    if (hasEngine()) for (const note of description.notes) void pulumi.log.info(`${name}: ${note}`, this);
 
     const plan = planMachine(name, args, description);
     const isChecked = this.#check(name, args, plan);
     const imported = plan.disks.flatMap(({ disk, logicalName, args: own }) => {
-      if (disk.file === undefined) return [];
-      const declared = { ...own, source: { ova: args.source.ova, disk: disk.index }, ...hostOf(args) };
+      const source = diskSource(args.source, disk);
+      if (source === undefined) return [];
+      const declared = { ...own, source, ...hostOf(args) };
       return [new ImportedDisk(logicalName, declared, { parent: this, dependsOn: isChecked })];
     });
     this.disks = imported;
@@ -79,7 +87,7 @@ export class MigratedMachine extends pulumi.ComponentResource {
         ...plan.machine,
         ...hostOf(args),
         importedDisk: boot,
-        disks: [...further.map((disk) => ({ disk })), ...plan.blanks, ...plan.given],
+        disks: [...further.map((disk) => ({ disk })), ...plan.blanks, ...plan.given, ...plan.drives],
       },
       { parent: this },
     );
@@ -91,14 +99,14 @@ export class MigratedMachine extends pulumi.ComponentResource {
    * nothing is copied for a machine that cannot be. In preview, and without an engine, the engine's own order does.
    */
   #check(name: string, args: MigratedMachineArgs, plan: MachinePlan): pulumi.Output<pulumi.Resource[]> {
-    if (pulumi.runtime.isDryRun() || !pulumi.runtime.hasEngine()) return pulumi.output([]);
+    if (pulumi.runtime.isDryRun() || !hasEngine()) return pulumi.output([]);
     const config = new pulumi.Config("virtlift");
     const inputs = {
       ...plan.machine,
       host: withSecrets(args.host) ?? config.get("host"),
       // The disk's real name is made by its own check; no machine can use one that is not there yet.
       importedDisk: { diskId: `${name}-unchecked` },
-      disks: [...plan.blanks, ...plan.given],
+      disks: [...plan.blanks, ...plan.given, ...plan.drives],
       origin: originOf(name),
     };
     return pulumi.unsecret(pulumi.output(inputs as pulumi.Unwrap<typeof inputs>)).apply(async (known) => {
@@ -108,6 +116,11 @@ export class MigratedMachine extends pulumi.ComponentResource {
       return [];
     });
   }
+}
+
+/** False in a test with mocks. Pulumi's own `hasEngine` is false in every inline program too. */
+function hasEngine(): boolean {
+  return pulumi.runtime.getEngine() !== undefined;
 }
 
 function hostOf({ host }: MigratedMachineArgs): { readonly host?: Later<Host> } {
@@ -122,6 +135,8 @@ interface MachinePlan {
     readonly args: Omit<ImportedDiskArgs, "source" | "host">;
   }[];
   readonly blanks: VirtualMachineDisks;
+  /** Empty CD-ROM drives. */
+  readonly drives: VirtualMachineDisks;
   /** Further disks of the program's own. */
   readonly given: VirtualMachineDisks;
   readonly machine: Omit<VirtualMachineArgs, "host" | "importedDisk" | "image" | "disks">;
@@ -147,6 +162,8 @@ function planMachine(name: string, args: MigratedMachineArgs, description: Machi
   const blanks = kept.flatMap(({ disk: { file, sizeBytes, index }, args: { pool } }): VirtualMachineDisks =>
     file === undefined && sizeBytes !== undefined ? [{ size: sizeBytes, name: `disk${index}`, pool: pool as pulumi.Input<string> }] : [],
   );
+  const cdroms = (description.cdroms ?? []).filter(({ label }) => overrides.find([label]) !== false);
+  const hasOwnDrive = given.some((disk) => isCdrom(disk));
   const interfaces = description.networks.flatMap((network) => {
     const target = networks.find([network.network, network.label]);
     if (target === undefined) throw new Error(unmapped(name, network, description));
@@ -156,18 +173,30 @@ function planMachine(name: string, args: MigratedMachineArgs, description: Machi
   return {
     disks: kept,
     blanks,
+    drives: hasOwnDrive ? [] : cdroms.map(() => ({ device: "cdrom" })),
     given: given as VirtualMachineDisks,
-    machine: { ...present(description.hardware), networks: interfaces, ...(args.name !== undefined && { name: args.name }), ...machine },
+    machine: { ...hardwareOf(description, machine), networks: interfaces, ...(args.name !== undefined && { name: args.name }), ...machine },
   };
+}
+
+/** The topology is one of the package's CPUs: it fits no other number. */
+function hardwareOf({ hardware }: MachineDescription, own: NonNullable<MigratedMachineArgs["machine"]>) {
+  const { cpuTopology, ...rest } = present(hardware);
+  const isSameCpus = own.vcpus === undefined && own.maxVcpus === undefined;
+  return { ...rest, ...(cpuTopology !== undefined && isSameCpus && { cpuTopology }) };
+}
+
+function isCdrom(disk: unknown): boolean {
+  return typeof disk === "object" && disk !== null && "device" in disk && disk.device === "cdrom";
 }
 
 function migrationOf({ migrationRef }: MigratedMachineArgs): { readonly migrationRef?: pulumi.Input<string> } {
   return migrationRef === undefined ? {} : { migrationRef };
 }
 
-function interfaceOf({ mac, model }: DescribedNetwork, target: Exclude<NetworkTarget, false>) {
+function interfaceOf({ mac, model, link }: DescribedNetwork, target: Exclude<NetworkTarget, false>) {
   const own = typeof target === "string" ? { network: target } : target;
-  return { model, ...(mac !== undefined && { mac }), ...(own as object) };
+  return { model, ...(mac !== undefined && { mac }), ...(link !== undefined && { link }), ...(own as object) };
 }
 
 function unmapped(name: string, { network, label }: DescribedNetwork, { networks }: MachineDescription): string {

@@ -428,16 +428,20 @@ function readDisks(
   contents: Package,
   properties: readonly OvfProperty[],
 ): readonly OvfDisk[] {
-  const order = [...controllers.values()];
   const disks = items.filter(isDisk).map((item, index): OvfDisk => {
     const controller = controllers.get(childText(item.element, "Parent") ?? "");
     const unit = count(item.element, "AddressOnParent") ?? index;
     return describeDisk(resolveResource(item, contents), { name: item.name, controller, unit }, contents, properties);
   });
+  return inHardwareOrder(disks, [...controllers.values()]);
+}
+
+/** By the bus's kind, its number, the controller's place in `controllers`, and the unit. */
+export function inHardwareOrder(disks: readonly OvfDisk[], controllers: readonly OvfController[]): readonly OvfDisk[] {
   const place = ({ controller, unit }: OvfDisk): readonly number[] => [
     BUS_ORDER.indexOf(controller?.bus),
     controller?.busNumber ?? 0,
-    controller === undefined ? 0 : order.indexOf(controller),
+    controller === undefined ? 0 : controllers.indexOf(controller),
     unit,
   ];
   return disks.toSorted((a, b) => compareInTurn(place(a), place(b)));
@@ -559,7 +563,8 @@ function readNics(items: readonly Item[], machine: XmlElement | undefined, notes
     });
 }
 
-function canonicalMac(text: string): string | undefined {
+/** `00:50:56:01:02:03` from twelve hex digits with colons, dashes or nothing between them; undefined when they are none. */
+export function canonicalMac(text: string): string | undefined {
   const digits = text.replace(/[:-]/g, "").toLowerCase();
   return /^[0-9a-f]{12}$/.test(digits) ? digits.match(/../g)!.join(":") : undefined;
 }

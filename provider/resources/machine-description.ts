@@ -3,11 +3,12 @@
  * Reads descriptors only, and at once: what a program declares depends on it.
  */
 import { closeSync, constants, fstatSync, openSync, readSync } from "node:fs";
-import { basename, dirname, join } from "node:path";
+import { basename, dirname, extname, join } from "node:path";
 import { DiskError } from "../errors.ts";
 import { openOva, openOvf, type OvfPackage } from "../image/ova.ts";
 import type { OvfDisk, OvfNic, OvfSystem } from "../image/ovf.ts";
 import { type Answer, type Ask, ImageError, MAX_READ_BYTES, type Parser } from "../image/parser.ts";
+import { openVmx } from "../image/vmx.ts";
 import { quoted } from "../image/words.ts";
 import { fitsXml } from "../libvirt/render.ts";
 
@@ -35,6 +36,14 @@ export interface DescribedNetwork {
   /** `00:50:56:01:02:03`; undefined where a new address is to be made. */
   readonly mac: string | undefined;
   readonly model: "virtio" | "e1000e" | "e1000";
+  /** `down` where its cable was out; absent where it was in. */
+  readonly link?: "down";
+}
+
+/** A CD-ROM drive of the machine. It comes along empty. */
+export interface DescribedDrive {
+  /** What people call it: `CD/DVD drive 1`. */
+  readonly label: string;
 }
 
 /** The hardware, as arguments of `VirtualMachine` of the same names. */
@@ -44,6 +53,10 @@ export interface DescribedHardware {
   readonly machine: "q35" | "pc";
   readonly firmware: "bios" | "uefi";
   readonly secureBoot: boolean;
+  /** true, or undefined where it has none. */
+  readonly tpm: boolean | undefined;
+  /** undefined where each CPU is a socket. */
+  readonly cpuTopology: { readonly sockets: number; readonly cores: number } | undefined;
   readonly bus: "virtio" | "sata" | "ide";
   readonly description: string | undefined;
 }
@@ -55,30 +68,45 @@ export interface MachineDescription {
   readonly hardware: DescribedHardware;
   readonly disks: readonly DescribedDisk[];
   readonly networks: readonly DescribedNetwork[];
+  /** Absent from descriptions that were stored before there were any. */
+  readonly cdroms?: readonly DescribedDrive[];
   /** What the user should know, one sentence each: above all what does not come along. */
   readonly notes: readonly string[];
 }
 
 /**
- * Reads the machine in an OVA, or in an OVF beside its disks.
+ * Reads the machine in an OVA, or in an OVF or a VMX beside its disks.
  *
- * Reads at once and at most some MiB: the archive's headers, the descriptor and the manifest.
+ * Reads at once and at most some MiB: the archive's headers, the descriptor and the manifest; beside a VMX, the headers of its disks.
  * Throws DiskError: step "source" when a file cannot be read, step "header" when it is no package of one machine, or one that is incomplete.
  */
 export function describeMachine(path: string): MachineDescription {
   using folder = new Folder(path);
   try {
     const { sizeBytes } = folder.file("");
-    const parser = path.toLowerCase().endsWith(".ovf") ? openOvf(basename(path), sizeBytes) : openOva(sizeBytes);
-    return descriptionOf(drive(parser, folder));
+    return descriptionOf(drive(parserFor(path, sizeBytes), folder));
   } catch (error) {
     if (!(error instanceof ImageError)) throw error;
     throw new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error });
   }
 }
 
+function parserFor(path: string, sizeBytes: number): Parser<MachinePackage> {
+  switch (extname(path).toLowerCase()) {
+    case ".ovf":
+      return openOvf(basename(path), sizeBytes);
+    case ".vmx":
+      return openVmx(sizeBytes);
+    default:
+      return openOva(sizeBytes);
+  }
+}
+
+/** What all packages have. */
+type MachinePackage = Pick<OvfPackage, "system" | "disks" | "notes">;
+
 /** Pure: what a package says, in our terms. Throws ImageError when the machine has no disk that it could boot from. */
-export function descriptionOf({ system, disks, notes }: OvfPackage): MachineDescription {
+export function descriptionOf({ system, disks, notes }: MachinePackage): MachineDescription {
   if (!disks.some(({ place }) => place !== undefined))
     throw new ImageError("the machine has no disk with content: there is nothing to boot from");
   const guest = guestOf(system);
@@ -89,6 +117,7 @@ export function descriptionOf({ system, disks, notes }: OvfPackage): MachineDesc
     hardware,
     disks: disks.map(({ index, name, place, capacityBytes }) => ({ index, label: name, file: place?.name, sizeBytes: capacityBytes })),
     networks,
+    cdroms: system.cdroms.map(({ name }) => ({ label: name })),
     notes: [...notes, ...losses(system, disks, hardware, guest)],
   };
 }
@@ -96,10 +125,11 @@ export function descriptionOf({ system, disks, notes }: OvfPackage): MachineDesc
 /** What kind of guest system it is, as far as our choices depend on it. */
 type GuestKind = "old" | "windows" | "other";
 
-/** Systems from before SATA and PCI Express. Sources: VMware's VirtualMachineGuestOsIdentifier; VirtualBox's OS types; CIM_OperatingSystem.OsType. */
+/** Systems from before SATA and PCI Express. Sources: VMware's VirtualMachineGuestOsIdentifier and, in a VMX, the same words in lower case; VirtualBox's OS types; CIM_OperatingSystem.OsType. */
 const OLD_GUESTS = /^(dos|win31|win95|win98|winMe|winNT|win2000|winXP|winNet|win2k|Windows(31|95|98|Me|NT3x|NT4|2000|XP|2003))/i;
 const OLD_CIM_IDS: ReadonlySet<number> = new Set([14, 15, 16, 17, 18, 63, 64, 65, 67, 69, 70, 71]);
-const WINDOWS_GUESTS = /^win/i;
+/** VMware calls Windows Server 2008 by its code name in a VMX. */
+const WINDOWS_GUESTS = /^(win|longhorn)/i;
 /** Windows Vista to Server 2012 R2 and on, as CIM numbers them. */
 const WINDOWS_CIM_IDS: ReadonlySet<number> = new Set([73, 74, 75, 76, 77, 103, 104, 105, 112, 113, 114, 115, 116, 117, 118, 119, 120]);
 
@@ -123,12 +153,19 @@ function hardwareOf(system: OvfSystem, disks: readonly OvfDisk[], guest: GuestKi
     machine: isOld ? "pc" : "q35",
     firmware: system.firmware === "efi" ? "uefi" : "bios",
     secureBoot: system.secureBoot,
+    tpm: system.hasVtpm || undefined,
+    cpuTopology: topologyOf(system),
     bus: isVirtio ? "virtio" : isOld && boot?.bus === "ide" ? "ide" : "sata",
     description: description === undefined || description === "" || !fitsXml(description) ? undefined : description,
   };
 }
 
-function networkOf({ name, network, mac, model = "" }: OvfNic, machine: "q35" | "pc"): DescribedNetwork {
+/** Only where the cores fill their sockets, as VMware asks for. */
+function topologyOf({ cpus = 1, coresPerSocket: cores = 1 }: OvfSystem): DescribedHardware["cpuTopology"] {
+  return cores > 1 && cpus > 0 && cpus % cores === 0 ? { sockets: cpus / cores, cores } : undefined;
+}
+
+function networkOf({ name, network, mac, connected, model = "" }: OvfNic, machine: "q35" | "pc"): DescribedNetwork {
   const isVirtio = /^virtio/i.test(model);
   // What knew a card from before PCI Express may know no other; a pc machine has no slot for one.
   const isOld = machine === "pc" || /^(e1000(?!e)|pcnet|am79|vlance|flexible)/i.test(model);
@@ -137,6 +174,7 @@ function networkOf({ name, network, mac, model = "" }: OvfNic, machine: "q35" | 
     network,
     mac: mac !== undefined && isUnicast(mac) ? mac : undefined,
     model: isVirtio ? "virtio" : isOld ? "e1000" : "e1000e",
+    ...(!connected && { link: "down" }),
   };
 }
 
@@ -150,25 +188,25 @@ function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: Describe
   const said: string[] = [];
   const boot = disks.find(({ file }) => file !== undefined);
   if (disks[0] !== boot) said.push(`its first disk, ${quoted(disks[0]?.name ?? "")}, is blank; it boots from ${quoted(boot?.name ?? "")}`);
-  if (system.coresPerSocket !== undefined && system.coresPerSocket > 1)
+  if (system.coresPerSocket !== undefined && system.coresPerSocket > 1 && hardware.cpuTopology === undefined)
     said.push(
-      `it had ${system.coresPerSocket} cores per socket; its processors now are a socket each, which licences counted by sockets may notice`,
+      `it had ${system.coresPerSocket} cores per socket, which its ${system.cpus ?? 1} processors do not fill; they now are a socket each, which licences counted by sockets may notice`,
     );
   if (guest === "windows" && hardware.bus === "sata" && boot?.controller?.bus === "scsi")
     said.push(
       "Windows started from SCSI and now finds its disk on SATA: enable its driver storahci before the export, or convert the disk first (virt-v2v)",
     );
   if (system.firmware === "efi") said.push("its UEFI variables do not come along: it boots by the fallback path of its EFI partition");
-  if (system.hasVtpm) said.push("its TPM does not come along: keys that only the TPM held are lost (have BitLocker's recovery key ready)");
+  if (system.hasVtpm) said.push("it gets a new TPM: keys that only the old one held are lost (have BitLocker's recovery key ready)");
   for (const nic of system.nics) {
-    if (!nic.connected) said.push(`${quoted(nic.name)} had its cable out; here it is plugged in`);
     if (nic.mac !== undefined && !isUnicast(nic.mac))
       said.push(`the MAC address ${nic.mac} of ${quoted(nic.name)} is no machine's: a new one is made`);
   }
   for (const { name, file } of system.cdroms)
     if (file !== undefined)
-      said.push(`the CD-ROM ${quoted(name)} with ${quoted(file.href)} does not come along: add it to \`disks\` where the guest needs it`);
-  if (system.cdroms.some(({ file }) => file === undefined)) said.push("its empty CD-ROM drive does not come along");
+      said.push(
+        `the CD-ROM drive ${quoted(name)} comes along without ${quoted(file.href)}: give the machine a drive with a medium in \`disks\` where the guest needs it`,
+      );
   if (system.floppies.length > 0) said.push("its floppy drive does not come along");
   if (system.nestedVirtualization)
     said.push('it ran virtual machines itself: it still can where its `cpu` is "host-passthrough" and the host allows it');

@@ -34,7 +34,10 @@ export class LocalFolder implements Folder {
   }
 
   async assertUnchanged(): Promise<void> {
-    for (const { handle, seen, path } of await Promise.all(this.#open.values())) {
+    for (const opened of await Promise.allSettled(this.#open.values())) {
+      // Of what was asked for and is not there, nothing was read.
+      if (opened.status === "rejected") continue;
+      const { handle, seen, path } = opened.value;
       if (identity(await handle.stat({ bigint: true })) !== seen) {
         throw new DiskError(`${path} changed while it was read: stop what writes it, then run up again`, { step: "source", path });
       }

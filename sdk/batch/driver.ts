@@ -9,6 +9,7 @@ import { pathToFileURL } from "node:url";
 import type { MachineDescription } from "../../provider/resources/machine-description.ts";
 import type { HostSurvey, SourceMeasure, Toolbox } from "../../provider/toolbox.ts";
 import type { SourceSpec } from "../../provider/transfer/source.ts";
+import { diskSource, packageIn, packagePath } from "../package-source.ts";
 import { loadProvider } from "../provider.ts";
 import { batchOwner, lockBatch } from "./driver-lock.ts";
 import { type BatchEvent, parseProgress, type Phase } from "./events.ts";
@@ -279,16 +280,18 @@ export class Batch implements AsyncDisposable {
     description: MachineDescription | undefined,
   ): Promise<ReadonlyMap<string, SourceMeasure>> {
     const { source } = declaration;
-    const at = (path: unknown): string => resolve(dirname(this.manifest.path), String(path));
-    const sources: readonly (readonly [number, SourceSpec])[] =
-      description !== undefined
-        ? description.disks.filter(({ file }) => file !== undefined).map(({ index }) => [index, { ova: at(source["ova"]), disk: index }])
+    const folder = dirname(this.manifest.path);
+    const whole = packageIn(source);
+    const sources: readonly (readonly [number, SourceSpec | undefined])[] =
+      description !== undefined && whole !== undefined
+        ? description.disks.map((disk) => [disk.index, diskSource(whole, disk)])
         : typeof source["file"] === "string"
-          ? [[0, { file: at(source["file"]) }]]
+          ? [[0, { file: source["file"] }]]
           : [];
     const measures = new Map<string, SourceMeasure>();
     for (const [index, each] of sources) {
-      const measure = await this.#parts.tools.measureSource(each).catch(() => undefined);
+      const found = each === undefined ? undefined : absoluteIn(folder, each);
+      const measure = found && (await this.#parts.tools.measureSource(found).catch(() => undefined));
       if (measure !== undefined) measures.set(`${name}-disk${index}`, measure);
     }
     return measures;
@@ -314,11 +317,11 @@ export class Batch implements AsyncDisposable {
 
   /** What the source's package says: once the machine is there, as it was when it was moved. */
   async #describe({ name, declaration: { source } }: BatchMachine): Promise<MachineDescription | undefined> {
-    const { ova } = source;
-    if (typeof ova !== "string") return undefined;
+    const whole = packageIn(source);
+    if (whole === undefined) return undefined;
     const kept = await readKept(this.#keptPath(name));
     if (kept !== undefined && JSON.stringify(kept.source) === JSON.stringify(source)) return kept.description;
-    return loadProvider().describeMachine(resolve(dirname(this.manifest.path), ova));
+    return loadProvider().describeMachine(resolve(dirname(this.manifest.path), packagePath(whole)));
   }
 
   #keptPath(machine: string): string {
@@ -637,8 +640,14 @@ function select(
 }
 
 function sourceFolder({ declaration: { source } }: BatchMachine): string {
-  const path = source["ova"] ?? source["file"];
+  const path = source["ova"] ?? source["vmx"] ?? source["file"];
   return typeof path === "string" ? dirname(path) : JSON.stringify(source);
+}
+
+/** A source whose path is relative to the folder. */
+function absoluteIn(folder: string, source: SourceSpec): SourceSpec {
+  if ("ova" in source) return { ...source, ova: resolve(folder, source.ova) };
+  return "file" in source ? { ...source, file: resolve(folder, source.file) } : source;
 }
 
 function isSuccess(result: MachineResult | undefined): boolean {

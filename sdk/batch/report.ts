@@ -97,8 +97,8 @@ function runsOf(records: readonly JournalRecord[]): BatchReport["runs"] {
 
 function machineReport(machine: BatchMachine, standing: MachineStanding, records: readonly JournalRecord[]): MachineReport {
   const own = records.filter((record) => "machine" in record && record.machine === machine.name);
-  const { ova, file } = machine.declaration.source;
-  const source = ova ?? file;
+  const { ova, vmx, file } = machine.declaration.source;
+  const source = ova ?? vmx ?? file;
   return {
     name: machine.name,
     wave: machine.wave,

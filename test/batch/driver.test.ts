@@ -1,26 +1,40 @@
 /** A batch against a real libvirtd; its machines are only defined. */
-import { readdir, rm, symlink } from "node:fs/promises";
+import { mkdir, readdir, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { prepareGuestOva } from "../../scripts/guest/ova.ts";
+import { runCommand } from "../../scripts/setup/command.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
+import { vmxSeed } from "../image/seeds.ts";
+import { sparseVmdkSeed } from "../image/sparse-seeds.ts";
 import { openBatchBed } from "./bed.ts";
 
 test("moves machines in waves, has nothing to do the second time though the source is gone, and removes them all", async () => {
   await using libvirtd = await openLibvirtd();
   await using bed = await openBatchBed();
-  const ova = "guest.ova";
-  await symlink((await prepareGuestOva()).path, join(bed.directory, ova));
+  const { path } = await prepareGuestOva();
+  const sources = join(bed.directory, "sources");
+  await mkdir(sources);
+  await symlink(path, join(sources, "web.ova"));
+  await runCommand(["tar", "--extract", `--file=${path}`, `--directory=${sources}`]);
+  const descriptor = (await readdir(sources)).find((name) => name.endsWith(".ovf")) ?? "";
+  await writeFile(join(sources, "cache.vmx"), vmxSeed());
+  await writeFile(join(sources, "a.vmdk"), sparseVmdkSeed());
   const defaults = { host: "here", networks: { "*": { type: "user" } }, machine: { powerState: "stopped", domainType: "qemu" } };
   bed.write({
     project: "move",
     hosts: { here: libvirtd.uri },
     defaults,
-    machines: { web: { source: { ova }, wave: 2, dependsOn: ["db"] }, db: { source: { ova } }, cache: { source: { ova } } },
+    machines: {
+      web: { source: { ova: "sources/web.ova" }, wave: 2, dependsOn: ["db"] },
+      db: { source: { ova: `sources/${descriptor}` } },
+      cache: { source: { vmx: "sources/cache.vmx" } },
+    },
   });
 
   const planned = await bed.cli("plan");
   expect(planned).toMatchObject({ code: 0, stdout: expect.stringContaining("all machines may start") as string });
+  expect(planned.stdout).toContain("cache: its UEFI variables do not come along");
   expect(await readdir(libvirtd.poolPath)).toEqual([]);
 
   const moved = await bed.cli("up");
@@ -28,8 +42,12 @@ test("moves machines in waves, has nothing to do the second time though the sour
   expect(moved.stderr.indexOf("cache: done")).toBeLessThan(moved.stderr.indexOf("wave 2: up web"));
   expect((await libvirtd.virsh("list", "--all", "--name")).trim().split("\n").toSorted()).toEqual(["cache", "db", "web"]);
 
+  expect(await libvirtd.virsh("dumpxml", "cache")).toMatch(
+    /topology sockets='2' dies='1' cores='2'[\s\S]*device='cdrom'[\s\S]*00:0c:29:aa:bb:cc/,
+  );
+
   // Once imported, the source is history.
-  await rm(join(bed.directory, ova));
+  await rm(sources, { recursive: true });
   const again = await bed.cli("plan");
   expect(again.stdout.match(/ same /g)).toHaveLength(3);
   expect(again.stdout).toContain("nothing is to be copied");

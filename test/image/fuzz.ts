@@ -2,10 +2,11 @@
 import { ImageError, MAX_READ_BYTES } from "../../provider/image/parser.ts";
 import { openImage } from "../../provider/image/open.ts";
 import { openOva } from "../../provider/image/ova.ts";
+import { openVmx } from "../../provider/image/vmx.ts";
 import { readStamp } from "../../provider/image/qcow2.ts";
 import { locateMember, parseZip, selectMember } from "../../provider/image/zip.ts";
 import { drive, fromBytes, type Source } from "./drive.ts";
-import { dynamicVhdSeed, fixedVhdSeed, ovfSeed, sealTarHeader, sealVhd, sealVhdx, tarSeed, vdiSeed, vhdxSeed } from "./seeds.ts";
+import { dynamicVhdSeed, fixedVhdSeed, ovfSeed, sealTarHeader, sealVhd, sealVhdx, tarSeed, vdiSeed, vhdxSeed, vmxSeed } from "./seeds.ts";
 import { cowdSeed, descriptorText, qcow2Seed, sparseVmdkSeed, streamVmdkSeed, VMDK_CAPACITY_SECTORS } from "./sparse-seeds.ts";
 import { zipSeed } from "./zip-seeds.ts";
 
@@ -51,6 +52,12 @@ function seeds(): readonly Seed[] {
     { name: "OVA", file: ova, beside: {}, seal: sealTarHeader, parse: openArchive },
     image("zip", zipSeed(members), { parse: proveZip }),
     image("zip64", zipSeed(members, true), { parse: proveZip }),
+    {
+      name: "VMX",
+      file: Buffer.from(vmxSeed()),
+      beside: { "a.vmdk": sparseVmdkSeed() },
+      parse: (source, sizeBytes) => drive(openVmx(sizeBytes), source, BUDGET),
+    },
   ];
 }
 

@@ -264,3 +264,36 @@ export function ovaSeed(disk: Uint8Array = fixedVhdSeed()): Buffer {
     { name: "seed-disk1.vhd", data: disk },
   ]);
 }
+
+/** A VMX of one disk, with lines of the test's own behind. */
+export function vmxSeed(more: readonly string[] = [], disk = "a.vmdk"): string {
+  const lines = [
+    "#!/usr/bin/vmware",
+    '.encoding = "UTF-8"',
+    'config.version = "8"',
+    'virtualHW.version = "19"',
+    'displayName = "the |22web|22 server"',
+    'annotation = "first line|0Asecond line"',
+    'guestOS = "ubuntu-64"',
+    'numvcpus = "4"',
+    'cpuid.coresPerSocket = "2"',
+    'memSize = "2048"',
+    'firmware = "efi"',
+    'uefi.secureBoot.enabled = "TRUE"',
+    'scsi0.present = "TRUE"',
+    'scsi0.virtualDev = "pvscsi"',
+    'scsi0:0.present = "TRUE"',
+    `scsi0:0.fileName = "${disk}"`,
+    'scsi0:0.deviceType = "scsi-hardDisk"',
+    'ide1:0.present = "TRUE"',
+    'ide1:0.fileName = "auto detect"',
+    'ide1:0.deviceType = "cdrom-raw"',
+    'ethernet0.present = "TRUE"',
+    'ethernet0.virtualDev = "vmxnet3"',
+    'ethernet0.networkName = "VM Network"',
+    'ethernet0.addressType = "generated"',
+    'ethernet0.generatedAddress = "00:0C:29:AA:BB:CC"',
+    'usb_xhci.present = "TRUE"',
+  ];
+  return `${[...lines, ...more].join("\r\n")}\r\n`;
+}

@@ -5,6 +5,8 @@ import { join } from "node:path";
 import { execPath } from "node:process";
 import { expect, test } from "vitest";
 import { qemuImg } from "../image/qemu.ts";
+import { vmxSeed } from "../image/seeds.ts";
+import { sparseVmdkSeed } from "../image/sparse-seeds.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
 
 const CLI = join(import.meta.dirname, "../../sdk/cli.ts");
@@ -36,5 +38,12 @@ test("its exit code tells the worst level, and its findings come as a table or a
     plan: [],
     findings: [{ resource: "disk 0", rule: "virtlift/source-missing", level: "block", property: "source" }],
   });
+  const vmx = join(libvirtd.directory, "web.vmx");
+  await writeFile(vmx, vmxSeed());
+  const lone = await virtlift("check", vmx, "--host", libvirtd.uri);
+  expect(lone).toMatchObject({ code: 2, stdout: expect.stringContaining('there is no "a.vmdk" beside the VMX') });
+  await writeFile(join(libvirtd.directory, "a.vmdk"), sparseVmdkSeed());
+  const whole = await virtlift("check", vmx, "--host", libvirtd.uri);
+  expect(whole.stdout).toMatch(/a\.vmdk \(vmdk monolithicSparse.* -> this machine:/);
   expect(await virtlift("check", file)).toMatchObject({ code: 2, stderr: expect.stringContaining("give the host") });
 }, 60_000);

@@ -1,8 +1,10 @@
 import { copyFile, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { MigratedMachine } from "../../sdk/migrated-machine.ts";
+import { MigratedMachine, type MigratedMachineArgs } from "../../sdk/migrated-machine.ts";
 import { openDirectory } from "../bed/directory.ts";
+import { vmxSeed } from "../image/seeds.ts";
+import { sparseVmdkSeed } from "../image/sparse-seeds.ts";
 import { recordRegistrations, settled } from "./pulumi-mocks.ts";
 
 const registered = await recordRegistrations({ diskId: "an-id", path: "/pool/a.qcow2" });
@@ -43,8 +45,10 @@ test("declares the disks in the hardware's order and the machine over them, with
     firmware: "uefi",
     secureBoot: true,
     bus: "sata",
+    tpm: true,
+    cpuTopology: { sockets: 2, cores: 2 },
     importedDisk: { diskId: "an-id" },
-    disks: [{ disk: { diskId: "an-id" } }, { size: expect.any(Number) as number, name: "disk2", pool: "default" }],
+    disks: [{ disk: { diskId: "an-id" } }, { size: expect.any(Number) as number, name: "disk2", pool: "default" }, { device: "cdrom" }],
     networks: [
       { network: "default", model: "e1000e" },
       { bridge: "br1", model: "e1000e" },
@@ -52,12 +56,52 @@ test("declares the disks in the hardware's order and the machine over them, with
   });
 });
 
+/** A VMX and its VMDK as they lie in a datastore's folder. */
+async function openFolder(...more: readonly string[]) {
+  await using stack = new AsyncDisposableStack();
+  const { path: directory } = stack.use(await openDirectory("vmx"));
+  await writeFile(join(directory, "web.vmx"), vmxSeed(more));
+  await writeFile(join(directory, "a.vmdk"), sparseVmdkSeed());
+  const held = stack.move();
+  return { directory, vmx: join(directory, "web.vmx"), [Symbol.asyncDispose]: () => held.disposeAsync() };
+}
+
+test("declares a machine from its VMX and the VMDKs beside it as from an OVF", async () => {
+  await using folder = await openFolder('ethernet0.startConnected = "FALSE"');
+  const machine = new MigratedMachine("vm", { source: { vmx: folder.vmx }, host: "test:///default" });
+  await settled(machine.machine.urn);
+  expect(inputsOf("vm-disk0")).toMatchObject({ source: { file: join(folder.directory, "a.vmdk") }, host: "test:///default" });
+  expect(registered.find(({ name, type }) => name === "vm" && type.endsWith("VirtualMachine"))?.inputs).toMatchObject({
+    vcpus: 4,
+    cpuTopology: { sockets: 2, cores: 2 },
+    memoryMiB: 2048,
+    firmware: "uefi",
+    secureBoot: true,
+    description: "first line\nsecond line",
+    networks: [{ network: "default", model: "e1000e", mac: "00:0c:29:aa:bb:cc", link: "down" }],
+    disks: [{ device: "cdrom" }],
+  });
+});
+
+test("leaves the package's topology and drives to a program that declares its own", async () => {
+  await using folder = await openFolder();
+  const declare = async (name: string, args: Pick<MigratedMachineArgs, "machine" | "disks">) => {
+    const { machine } = new MigratedMachine(name, { source: { vmx: folder.vmx }, host: "test:///default", ...args });
+    await settled(machine.urn);
+    return registered.find((each) => each.name === name && each.type.endsWith("VirtualMachine"))?.inputs ?? {};
+  };
+  const own = await declare("own", { machine: { vcpus: 3, disks: [{ device: "cdrom", path: "/a.iso" }] } });
+  expect(own).toMatchObject({ vcpus: 3, disks: [{ device: "cdrom", path: "/a.iso" }] });
+  expect(own).not.toHaveProperty("cpuTopology");
+  expect(await declare("none", { disks: { "ide1:0": false } })).toMatchObject({ disks: [] });
+});
+
 test("says what cannot come along", async () => {
   await using exported = await openVmware();
   const { description } = new MigratedMachine("said", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
-  expect(description.notes.join("\n")).toContain("its TPM does not come along");
+  expect(description.notes.join("\n")).toContain("it gets a new TPM");
   expect(description.notes.join("\n")).toContain("its UEFI variables do not come along");
-  expect(description.notes.join("\n")).toContain("2 cores per socket");
+  expect(description.notes.join("\n")).not.toContain("per socket");
 });
 
 test("lets the program override any part, leave disks and interfaces out, and choose pools by the disk", async () => {
@@ -80,7 +124,7 @@ test("lets the program override any part, leave disks and interfaces out, and ch
     memoryMiB: 512,
     bus: "virtio",
     vcpus: 4,
-    disks: [{ disk: { diskId: "an-id" } }, { size: "1GiB", name: "scratch" }],
+    disks: [{ disk: { diskId: "an-id" } }, { size: "1GiB", name: "scratch" }, { device: "cdrom" }],
     networks: [{ network: "default", mac: "52:54:00:00:00:01" }],
   });
 });

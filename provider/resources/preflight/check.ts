@@ -1,5 +1,5 @@
 /** The rules without a program: what they say of an image or a package, were it brought to a host as it is. Changes nothing anywhere. */
-import { basename } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { DiskError } from "../../errors.ts";
 import type { z } from "zod";
 import { importedDisk } from "../imported-disk.ts";
@@ -11,7 +11,7 @@ import { deploymentOf } from "./deployment.ts";
 import type { Level } from "./rule.ts";
 
 export interface CheckRequest {
-  /** Path of an image, an OVA or an OVF on this machine. */
+  /** Path of an image, an OVA, an OVF or a VMX on this machine. */
   readonly path: string;
   readonly host: z.input<typeof HostSchema>;
   /** Default `default`. */
@@ -58,7 +58,14 @@ export async function checkSource(
     findings.push(...judged, ...others.map((failure) => ({ resource, level: "block" as const, ...failure })));
   };
 
-  const machine = describe(path);
+  let machine: MachineDescription | undefined;
+  try {
+    machine = isPackage(path) ? describeMachine(path) : undefined;
+  } catch (error) {
+    if (!(error instanceof DiskError)) throw error;
+    // Of an archive and an OVF the check of the disk in it says why.
+    if (isVmx(path)) note("machine", ORIGIN, [{ property: "source", reason: error.message }]);
+  }
   const name = machine?.name ?? basename(path).replace(/\.[^.]*$/, "");
   const disks: object[] = [];
   for (const source of sourcesOf(path, machine)) {
@@ -70,7 +77,7 @@ export async function checkSource(
   if (machine !== undefined) {
     const origin = `${ORIGIN}/${name}`;
     const [boot, ...further] = disks;
-    const networks = machine.networks.map(({ mac, model }) => ({ network, model, mac }));
+    const networks = machine.networks.map(({ mac, model, link }) => ({ network, model, mac, link }));
     const blanks = machine.disks.flatMap(({ file, sizeBytes, index }) =>
       file === undefined && sizeBytes !== undefined ? [{ size: sizeBytes, name: `disk${index}`, pool }] : [],
     );
@@ -80,7 +87,7 @@ export async function checkSource(
       ...machine.hardware,
       networks,
       importedDisk: boot,
-      disks: [...further.map((disk) => ({ disk })), ...blanks],
+      disks: [...further.map((disk) => ({ disk })), ...blanks, ...(machine.cdroms ?? []).map(() => ({ device: "cdrom" }))],
     };
     note("machine", origin, (await virtualMachine.check(listening, undefined, present(declared))).failures);
   }
@@ -88,24 +95,20 @@ export async function checkSource(
   return { path, verdict: levels.has("block") ? "block" : levels.has("warn") ? "warn" : "ok", plan, findings };
 }
 
-/** undefined for an image alone, and for a package that cannot be read: the check of its disk then says why. */
-function describe(path: string): MachineDescription | undefined {
-  if (!isPackage(path)) return undefined;
-  try {
-    return describeMachine(path);
-  } catch (error) {
-    if (error instanceof DiskError) return undefined;
-    throw error;
-  }
-}
-
 function sourcesOf(path: string, machine: MachineDescription | undefined): readonly object[] {
   if (!isPackage(path)) return [{ file: path }];
-  return machine?.disks.flatMap(({ file, index }) => (file === undefined ? [] : [{ ova: path, disk: index }])) ?? [{ ova: path }];
+  const sourceOf = (file: string, index: number) => (isVmx(path) ? { file: join(dirname(path), file) } : { ova: path, disk: index });
+  return (
+    machine?.disks.flatMap(({ file, index }) => (file === undefined ? [] : [sourceOf(file, index)])) ?? (isVmx(path) ? [] : [{ ova: path }])
+  );
 }
 
 function isPackage(path: string): boolean {
-  return /\.(ova|ovf)$/i.test(path);
+  return /\.(ova|ovf)$/i.test(path) || isVmx(path);
+}
+
+function isVmx(path: string): boolean {
+  return /\.vmx$/i.test(path);
 }
 
 /** A copy without what is undefined, at any depth. */
