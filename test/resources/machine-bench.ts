@@ -1,6 +1,5 @@
 /** What tests of machines share: a private libvirtd, and a context over real hosts whose log lines can be read. */
 import { homedir, userInfo } from "node:os";
-import { test } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
 import type { Context } from "../../provider/resources/resource.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
@@ -45,15 +44,20 @@ export function openMachineBench(config: Readonly<Record<string, string>> = {}):
   };
 }
 
-interface MachineFixtures {
+export interface MachineFixtures {
   /** One for all tests of the file. */
   readonly libvirtd: Libvirtd;
   readonly desk: MachineBench;
 }
 
-/** vitest's `test` with a libvirtd and a bench. */
-export function machineTest(options: LibvirtdOptions = { network: true }) {
-  return test.extend<MachineFixtures>({
+type Fixture<Value> = (context: object, use: (value: Value) => Promise<void>) => Promise<void>;
+
+/** A libvirtd and a bench, for `test.extend`. */
+export function machineFixtures(options: LibvirtdOptions = { network: true }): {
+  libvirtd: [Fixture<Libvirtd>, { scope: "file" }];
+  desk: Fixture<MachineBench>;
+} {
+  return {
     libvirtd: [
       // oxlint-disable-next-line no-empty-pattern -- vitest reads the names of the fixtures from the pattern
       async ({}, use) => {
@@ -67,5 +71,5 @@ export function machineTest(options: LibvirtdOptions = { network: true }) {
       await using desk = openMachineBench();
       await use(desk);
     },
-  });
+  };
 }

@@ -2,16 +2,16 @@
 import { existsSync } from "node:fs";
 import { copyFile, readdir, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
-import { describe, expect } from "vitest";
+import { describe, expect, test as base } from "vitest";
 import { type GuestOptions, prepareGuest } from "../../scripts/guest/guest.ts";
 import { parseGuestReport } from "../../scripts/guest/report.ts";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { Incomplete } from "../../provider/resources/resource.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
-import { machineTest, openMachineBench } from "./machine-bench.ts";
+import { machineFixtures, type MachineFixtures, openMachineBench } from "./machine-bench.ts";
 
-const test = machineTest();
+const test = base.extend<MachineFixtures>(machineFixtures());
 
 /** The guest's disk as a volume of the pool. Gives its path. */
 async function placeGuest(libvirtd: Libvirtd, name: string, options: GuestOptions = {}): Promise<string> {

@@ -2,15 +2,15 @@
 import { createHash } from "node:crypto";
 import { copyFile, readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { expect } from "vitest";
+import { expect, test as base } from "vitest";
 import { prepareGuest } from "../../scripts/guest/guest.ts";
 import { encodeIso9660 } from "../../provider/image/iso9660.ts";
 import { virtualMachine, type MachineState } from "../../provider/resources/virtual-machine.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import type { Libvirtd } from "../bed/libvirtd.ts";
-import { machineTest } from "./machine-bench.ts";
+import { machineFixtures, type MachineFixtures } from "./machine-bench.ts";
 
-const test = machineTest();
+const test = base.extend<MachineFixtures>(machineFixtures());
 
 const SECOND_MAC = "52:54:00:be:ef:02";
 const SEED = "#cloud-config\nhostname: changed\n";

@@ -2,13 +2,13 @@
 import { existsSync } from "node:fs";
 import { readdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { describe, expect } from "vitest";
+import { describe, expect, test as base } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import type { Libvirtd } from "../bed/libvirtd.ts";
-import { machineTest } from "./machine-bench.ts";
+import { machineFixtures, type MachineFixtures } from "./machine-bench.ts";
 
-const test = machineTest();
+const test = base.extend<MachineFixtures>(machineFixtures());
 
 /** A small volume in the pool, as a disk to boot from. Gives its path. */
 async function placeDisk(libvirtd: Libvirtd, name: string, format: "qcow2" | "raw" = "qcow2"): Promise<string> {

@@ -1,5 +1,5 @@
 /** VirtualMachine against libvirt's test driver: all but what a guest does. */
-import { describe, expect } from "vitest";
+import { describe, expect, test as base } from "vitest";
 import { LibvirtError } from "../../provider/errors.ts";
 import type { PropertyChange } from "../../provider/resources/resource.ts";
 import { UNKNOWN } from "../../provider/resources/unknown.ts";
@@ -7,12 +7,13 @@ import { VirtualMachineSchema } from "../../provider/resources/virtual-machine-s
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import { MACHINE_CHANGES } from "../../provider/resources/virtual-machine-changes.ts";
 import { type MachineState, virtualMachine } from "../../provider/resources/virtual-machine.ts";
-import { type MachineBench, machineTest, openMachineBench } from "./machine-bench.ts";
+import { type MachineBench, machineFixtures, type MachineFixtures, openMachineBench } from "./machine-bench.ts";
 
 const ORIGIN = "acme/shop/prod/web";
 
 /** The desk's connection has a fresh test driver: a pool `default-pool`, a network `default` and a machine `test`. */
-const test = machineTest({}).extend<{ readonly host: { readonly uri: string } }>({
+const test = base.extend<MachineFixtures & { readonly host: { readonly uri: string } }>({
+  ...machineFixtures({}),
   host: async ({ libvirtd }, use) => use({ uri: libvirtd.testUri }),
 });
 
