@@ -15,13 +15,15 @@ while read -r module; do insmod "/modules/$module"; done < /modules/order
 disks() { for each in /sys/block/[shv]d*; do [ -e "$each" ] && basename "$each"; done; }
 interfaces() { for each in /sys/class/net/*/device; do [ -e "$each" ] && basename "$(dirname "$each")"; done; }
 
-# Drivers find their devices some time after they are loaded: wait until the list has been still for a second, 15 seconds at most.
+# Drivers find their devices some time after they are loaded: wait until the list has been still for half a second, 15 seconds at most.
 before=none
-for _ in $(seq 15); do
+still=0
+for _ in $(seq 150); do
   now="$(disks) $(interfaces)"
-  [ "$now" = "$before" ] && [ -n "$(disks)" ] && break
+  if [ "$now" = "$before" ] && [ -n "$(disks)" ]; then still=$((still + 1)); else still=0; fi
+  [ "$still" -ge 5 ] && break
   before="$now"
-  sleep 1
+  sleep 0.1
 done
 
 tell_interface() {
@@ -116,7 +118,7 @@ say "done"
 if declared virtlift.stay; then
   for event in /sys/class/input/event*; do
     [ "$(cat "$event/device/name")" = "Power Button" ] || continue
-    (dd if="/dev/input/$(basename "$event")" of=/dev/null bs=24 count=1 2> /dev/null && say "power button" && sleep 1 && poweroff -f) &
+    (dd if="/dev/input/$(basename "$event")" of=/dev/null bs=24 count=1 2> /dev/null && say "power button" && sleep 0.3 && poweroff -f) &
   done
   if declared virtlift.agent; then
     ip link set lo up
@@ -127,11 +129,11 @@ if declared virtlift.stay; then
     done
     [ -n "$port" ] && agent "/dev/$(basename "$(dirname "$port")")" &
   fi
-  while sleep 1; do
+  while sleep 0.5; do
     tell_new
     tell_changes
   done
 fi
 # The serial port's last bytes leave the guest by interrupts, which power off does not wait for.
-sleep 1
+sleep 0.3
 poweroff -f
