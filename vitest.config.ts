@@ -1,3 +1,4 @@
+import { env } from "node:process";
 import { defineConfig } from "vitest/config";
 
 export default defineConfig({
@@ -6,6 +7,8 @@ export default defineConfig({
     setupFiles: ["test/setup.ts"],
     // Tests boot machines under an emulated CPU: more of them at a time take longer, not less.
     maxWorkers: 2,
+    // On a machine that others load too a test may get a second try; the reporter marks those that needed it.
+    retry: env["CI"] === undefined ? 0 : 1,
     testTimeout: 30_000,
     hookTimeout: 30_000,
     restoreMocks: true,
