@@ -7,7 +7,7 @@ export default defineConfig({
     setupFiles: ["test/setup.ts"],
     // Tests boot machines under an emulated CPU: more of them at a time take longer, not less.
     maxWorkers: 2,
-    // On a machine that others load too a test may get a second try; the reporter marks those that needed it.
+    // On a machine that others load too a test may get a second try; `npm test` names those that needed it.
     retry: env["CI"] === undefined ? 0 : 1,
     testTimeout: 30_000,
     hookTimeout: 30_000,

@@ -37,7 +37,7 @@ async function runTests(pulumi: string, rest: readonly string[]): Promise<number
   try {
     const report = join(directory, "results.json");
     const path = [join(ROOT, "node_modules/.bin"), dirname(execPath), pulumi, env["PATH"] ?? "", "/usr/sbin", "/sbin"].join(delimiter);
-    const reporters = ["--reporter=default", "--reporter=json", `--outputFile.json=${report}`];
+    const reporters = ["--reporter=default", "--reporter=json", "--reporter=./scripts/flaky-reporter.ts", `--outputFile.json=${report}`];
     const child = spawn(execPath, [join(ROOT, "node_modules/vitest/vitest.mjs"), "run", ...reporters, ...rest], {
       cwd: ROOT,
       env: { ...env, PATH: path },
