@@ -10,10 +10,22 @@ export interface Desk extends AsyncDisposable {
   readonly context: Context;
   /** `level: text`, as they came. */
   readonly lines: readonly string[];
-  checkDisk(name: string, args: object): Promise<{ readonly inputs: DiskInputs; readonly failures: readonly CheckFailure[] }>;
-  checkMachine(name: string, args: object): Promise<{ readonly inputs: MachineInputs; readonly failures: readonly CheckFailure[] }>;
+  /** `olds` are the inputs of the disk that exists. */
+  checkDisk(
+    name: string,
+    args: object,
+    olds?: DiskInputs,
+  ): Promise<{ readonly inputs: DiskInputs; readonly failures: readonly CheckFailure[] }>;
+  /** `olds` are the inputs of the machine that exists. */
+  checkMachine(
+    name: string,
+    args: object,
+    olds?: MachineInputs,
+  ): Promise<{ readonly inputs: MachineInputs; readonly failures: readonly CheckFailure[] }>;
   createDisk(inputs: DiskInputs): Promise<DiskState>;
+  deleteDisk(state: DiskState): Promise<void>;
   createMachine(inputs: MachineInputs): Promise<MachineState>;
+  updateMachine(state: MachineState, news: MachineInputs): Promise<MachineState>;
 }
 
 /** Opens a deployment. `config` is the stack's configuration by full key; `host` is declared of every resource. */
@@ -35,10 +47,12 @@ export function openDesk(host: unknown, config: Readonly<Record<string, string>>
   return {
     context,
     lines,
-    checkDisk: (name, args) => importedDisk.check(context, undefined, declare(name, args)),
-    checkMachine: (name, args) => virtualMachine.check(context, undefined, declare(name, args)),
+    checkDisk: (name, args, olds) => importedDisk.check(context, olds, declare(name, args)),
+    checkMachine: (name, args, olds) => virtualMachine.check(context, olds, declare(name, args)),
     createDisk: async (inputs) => (await importedDisk.create(context, inputs)).state,
+    deleteDisk: (state) => importedDisk.delete(context, state.diskId, state),
     createMachine: async (inputs) => (await virtualMachine.create(context, inputs)).state,
+    updateMachine: (state, news) => virtualMachine.update(context, state.uuid, state, news),
     [Symbol.asyncDispose]: () => hosts.close(),
   };
 }
