@@ -10,6 +10,7 @@ import type { Hosts } from "./host/hosts.ts";
 import type * as descriptions from "./resources/machine-description.ts";
 import type { Context } from "./resources/resource.ts";
 import type { Toolbox } from "./toolbox.ts";
+import { openThrottle, type Throttle } from "./transfer/throttle.ts";
 import { type Handler, serve } from "./wire.ts";
 
 /** The handler of `pulumi-nodejs:dynamic/virtlift:ImportedDisk`. */
@@ -34,11 +35,15 @@ export async function openToolbox(config: Context["config"] = () => undefined): 
 
 const calls = new Calls();
 let hosts: Promise<Hosts> | undefined;
+/** VIRTLIFT_BANDWIDTH, see `openThrottle`: a setting of the run, not of any resource, so that it is in no state. */
+let throttle: Throttle | undefined;
 
 async function run<Result>(config: Context["config"], work: (context: Context) => Promise<Result>): Promise<Result> {
   hosts ??= open();
   const opened = await hosts;
-  return calls.run(() => work({ config, log, signal: calls.signal, hosts: opened }));
+  const bandwidth = process.env["VIRTLIFT_BANDWIDTH"];
+  if (bandwidth !== undefined && bandwidth !== "") throttle ??= openThrottle(bandwidth);
+  return calls.run(() => work({ config, log, signal: calls.signal, hosts: opened, throttle }));
 }
 
 /** What the first call needs; nothing of it happens when the package is only loaded. */

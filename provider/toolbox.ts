@@ -14,6 +14,7 @@ import type { Context } from "./resources/resource.ts";
 import { HostSchema } from "./resources/schema.ts";
 import { virtualMachine } from "./resources/virtual-machine.ts";
 import { openSource, type SourceSpec } from "./transfer/source.ts";
+import { type SharedThrottle, shareThrottle } from "./transfer/throttle.ts";
 
 /** What a copy of a source takes. */
 export interface SourceMeasure {
@@ -51,6 +52,8 @@ export interface Toolbox extends AsyncDisposable {
   findLeftovers(host: unknown): Promise<readonly PoolLeftover[]>;
   /** Removes what `findLeftovers` finds, but for what is being written. Resolves with what was removed. */
   clearLeftovers(host: unknown): Promise<readonly PoolLeftover[]>;
+  /** A limit for the providers of other processes, which find it in VIRTLIFT_BANDWIDTH. Close it after them. */
+  shareBandwidth(bytesPerSecond: number): Promise<SharedThrottle>;
 }
 
 /** `config` is the stack's configuration by full key, where there is a stack. The toolbox closes the hosts. */
@@ -96,6 +99,7 @@ export function createToolbox(hosts: Hosts, config: Context["config"]): Toolbox 
     },
     findLeftovers: (host) => findLeftovers(open(host)),
     clearLeftovers: (host) => clearLeftovers(open(host)),
+    shareBandwidth: shareThrottle,
     [Symbol.asyncDispose]: () => hosts.close(),
   };
 }

@@ -1,5 +1,6 @@
 /** What a resource of the provider is: six functions over plain JSON. Knows no Pulumi. */
 import type { Hosts } from "../host/hosts.ts";
+import type { Throttle } from "../transfer/throttle.ts";
 
 /** The plain JSON that inputs and states are made of. */
 export type Json = string | number | boolean | null | readonly Json[] | { readonly [key: string]: Json | undefined };
@@ -14,6 +15,8 @@ export interface Context {
   readonly signal: AbortSignal;
   /** The hosts that are open in this process, one for each declaration. */
   readonly hosts: Hosts;
+  /** What keeps the bytes that are sent under a rate; absent where nothing does. */
+  readonly throttle?: Throttle | undefined;
 }
 
 /** One thing that is wrong with an input. `property` is the user's own name with its path (`networks[0].mac`); `reason` is one sentence that names it too. */

@@ -93,10 +93,20 @@ export async function openBatch(manifestPath: string, options: BatchOptions = {}
   stack.use(await lockBatch(folder.lock));
   const journal = stack.use(new Journal(folder.journal));
   const modules = [folder.modules, environment["NODE_PATH"]].filter((each) => each !== undefined && each !== "").join(":");
-  const workers = stack.use(
-    new Workers({ folder: dirname(path), environment: { ...environment, ...passphraseOf(manifest, environment), NODE_PATH: modules } }),
-  );
   const tools = stack.use(await loadProvider().openToolbox());
+  const { bandwidth } = manifest.limits;
+  const shared = bandwidth === undefined ? undefined : stack.use(await tools.shareBandwidth(bandwidth));
+  const workers = stack.use(
+    new Workers({
+      folder: dirname(path),
+      environment: {
+        ...environment,
+        ...passphraseOf(manifest, environment),
+        NODE_PATH: modules,
+        ...(shared && { VIRTLIFT_BANDWIDTH: shared.setting }),
+      },
+    }),
+  );
   return new Batch({ manifest, folder, journal, workers, tools, environment, onEvent: options.onEvent ?? (() => undefined) }, stack.move());
 }
 
@@ -243,7 +253,7 @@ export class Batch implements AsyncDisposable {
         },
       ),
     );
-    const plan = planBatch(previewed, surveys, seenRate(journal.records));
+    const plan = planBatch(previewed, surveys, { seen: seenRate(journal.records), limit: this.manifest.limits.bandwidth });
     for (const { machine, findings } of plan.machines)
       journal.append({ record: "planned", run: this.#run, atMs: Date.now(), machine: machine.name, findings });
     return plan;

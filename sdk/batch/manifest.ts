@@ -3,6 +3,7 @@ import { basename, dirname, extname } from "node:path";
 import { type Document, isMap, isPair, isScalar, LineCounter, type Node, parseDocument } from "yaml";
 import { z } from "zod";
 import type { DeclaredHost, MachineDeclaration } from "./job.ts";
+import { parseRate } from "./words.ts";
 
 const MAX_MANIFEST_BYTES = 8 * 1024 * 1024;
 /** What aliases may unfold to, times what they are written as: a few lines can ask for more memory than there is. */
@@ -17,6 +18,14 @@ const SecretSchema = z
     error: "a secret is never written here: give { env: NAME } or { file: path }",
   })
   .meta({ description: "Where a secret is: an environment variable or a file." });
+
+const BandwidthSchema = z
+  .union([z.number(), z.string()])
+  .refine((rate) => parseRate(rate) !== undefined, 'a rate is a number of bytes per second, or a string such as "50MiB"')
+  .meta({
+    description:
+      'What all copies together may send: bytes per second, or a string such as "50MiB". What a host fetches by itself does not count. Default: no limit.',
+  });
 
 const HostSchema = z
   .union([
@@ -94,6 +103,7 @@ export const ManifestSchema = z.strictObject({
         .describe("Machines at work at a time, each in a process of its own. Default: the number of processors."),
       perHost: z.number().int().min(1).max(64).optional().describe("Of these, to one host. Default 2."),
       perSource: z.number().int().min(1).max(64).optional().describe("Of these, from one folder. Default: no limit but the total."),
+      bandwidth: BandwidthSchema.optional(),
     })
     .optional(),
   retry: z
@@ -137,7 +147,12 @@ export interface Manifest {
   /** Undefined: the folder beside the manifest. */
   readonly backend: string | undefined;
   readonly passphrase: Declared["passphrase"];
-  readonly limits: { readonly total: number | undefined; readonly perSource: number };
+  readonly limits: {
+    readonly total: number | undefined;
+    readonly perSource: number;
+    /** Bytes per second of all copies together. */
+    readonly bandwidth: number | undefined;
+  };
   readonly retry: { readonly attempts: number; readonly delaySeconds: number };
   readonly onFailure: "finish-wave" | "stop" | "continue";
   readonly waveHooks: ReadonlyMap<number, Hooks>;
@@ -317,7 +332,11 @@ function resolve(declared: Declared, path: string): Manifest {
     project: declared.project ?? projectName(path),
     backend: declared.backend,
     passphrase: declared.passphrase,
-    limits: { total: limits.total, perSource: limits.perSource ?? Number.POSITIVE_INFINITY },
+    limits: {
+      total: limits.total,
+      perSource: limits.perSource ?? Number.POSITIVE_INFINITY,
+      bandwidth: limits.bandwidth === undefined ? undefined : parseRate(limits.bandwidth),
+    },
     retry: { attempts: retry.attempts ?? 3, delaySeconds: retry.delaySeconds ?? 5 },
     onFailure: declared.onFailure ?? "finish-wave",
     waveHooks: new Map(

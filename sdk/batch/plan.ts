@@ -45,12 +45,21 @@ export interface BatchPlan {
 /** What a copy over a network of 1 Gbit/s brings, until a copy of the batch's own was seen. */
 export const ASSUMED_BYTES_PER_SECOND = 100 * 1024 * 1024;
 
+/** Bytes per second. */
+export interface Rates {
+  /** Of the copies that the batch has made. Default: what is assumed. */
+  readonly seen?: number | undefined;
+  /** What all copies together may send. Default: no limit. */
+  readonly limit?: number | undefined;
+}
+
 /** Puts the machines together. `surveys` are of their hosts, by URI; a host that could not be asked is not in it. */
 export function planBatch(
   previewed: readonly Previewed[],
   surveys: ReadonlyMap<string, HostSurvey>,
-  bytesPerSecond = ASSUMED_BYTES_PER_SECOND,
+  { seen = ASSUMED_BYTES_PER_SECOND, limit = Number.POSITIVE_INFINITY }: Rates = {},
 ): BatchPlan {
+  const bytesPerSecond = Math.min(seen, limit);
   const shared = [...collisions(previewed), ...roomFindings(previewed, surveys), ...memoryFindings(previewed, surveys)];
   const machines = previewed.map((each): MachinePlan => {
     const findings = [...each.findings, ...shared.filter(({ machine }) => machine === each.machine.name).map(({ finding }) => finding)];

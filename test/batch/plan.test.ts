@@ -48,7 +48,10 @@ const survey = (freeBytes: number, memoryMiB = 65_536) => ({
 });
 
 test("adds up what is going to be copied, and estimates its time", () => {
-  const plan = planBatch([previewed("a"), previewed("b", { op: "same" }), previewed("c", { disk: { layout: "full" } })], new Map(), GIB);
+  const plan = planBatch([previewed("a"), previewed("b", { op: "same" }), previewed("c", { disk: { layout: "full" } })], new Map(), {
+    seen: 2 * GIB,
+    limit: GIB,
+  });
   expect(plan.machines.map(({ action, wireBytes, estimateSeconds }) => [action, wireBytes / GIB, estimateSeconds])).toEqual([
     ["create", 4, 4],
     ["same", 0, 0],
