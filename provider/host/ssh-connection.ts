@@ -1,5 +1,5 @@
 /** One SSH connection, through jump hosts where there are any: finding the host, proving who it is, logging in. Knows no commands. */
-import { createConnection } from "node:net";
+import { createConnection, type Socket } from "node:net";
 import type { Duplex } from "node:stream";
 import ssh2, { type Client, type ClientChannel } from "ssh2";
 import { ConnectionError, type ConnectionPhase } from "../errors.ts";
@@ -212,6 +212,7 @@ async function dialTcp(hop: SshHop): Promise<Duplex> {
   const { hostName, port, connectTimeoutMs } = hop.settings;
   // Without noDelay each small call waits 40 ms for a delayed acknowledgement.
   const socket = createConnection({ host: hostName, port, noDelay: true, keepAlive: true });
+  gatherWrites(socket);
   return new Promise((resolve, reject) => {
     const fail = (phase: ConnectionPhase, message: string, cause?: unknown): void => {
       socket.destroy();
@@ -245,6 +246,23 @@ async function dialTcp(hop: SshHop): Promise<Duplex> {
       }
     });
   });
+}
+
+/** Has what is written in one turn leave in one system call: ssh2 writes each of its packets, of 32 KiB at most, in three pieces. */
+function gatherWrites(socket: Socket): void {
+  const write = socket.write.bind(socket) as (...args: readonly unknown[]) => boolean;
+  let isGathering = false;
+  socket.write = (...args: readonly unknown[]): boolean => {
+    if (!isGathering) {
+      isGathering = true;
+      socket.cork();
+      queueMicrotask(() => {
+        isGathering = false;
+        socket.uncork();
+      });
+    }
+    return write(...args);
+  };
 }
 
 async function dialThrough(client: Client, jump: SshHop, hop: SshHop): Promise<Duplex> {

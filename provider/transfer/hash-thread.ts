@@ -7,16 +7,17 @@ import type { HashAnswer, HashQuestion, HashWorkerData } from "./hash-worker.ts"
 const PIECE_BYTES = 1024 * 1024;
 const PIECES = 3;
 
-/** One stream that is hashed. Not for concurrent use. Dispose of it in any case; after `digest` that costs nothing. */
+/** One stream that is hashed, given by `update` or in frames. Not for concurrent use. Dispose of it in any case. */
 export class HashThread implements AsyncDisposable {
   readonly #worker: Worker;
   readonly #free: ArrayBuffer[] = Array.from({ length: PIECES }, () => new ArrayBuffer(PIECE_BYTES));
   #filled = 0;
+  readonly #frames: { readonly resolve: (digest: string) => void; readonly reject: (error: Error) => void }[] = [];
   #digests: readonly string[] | undefined;
   #failure: Error | undefined;
   #wake: () => void = () => {};
 
-  /** Algorithms as `crypto.createHash` names them. */
+  /** Algorithms of the whole stream's digests, as `crypto.createHash` names them; there may be none. */
   constructor(...algorithms: readonly string[]) {
     // Beside us it has our own kind of name: .ts as source, .js when compiled.
     const program = new URL(`./hash-worker${extname(import.meta.url)}`, import.meta.url);
@@ -26,11 +27,13 @@ export class HashThread implements AsyncDisposable {
     this.#worker.unref();
     this.#worker.on("message", (answer: HashAnswer) => {
       if ("memory" in answer) this.#free.push(answer.memory);
+      else if ("frameDigest" in answer) this.#frames.shift()?.resolve(answer.frameDigest);
       else this.#digests = answer.digests;
       this.#wake();
     });
     const fail = (error: Error): void => {
       this.#failure ??= error;
+      for (const frame of this.#frames.splice(0)) frame.reject(this.#failure);
       this.#wake();
     };
     this.#worker.on("error", fail);
@@ -50,7 +53,19 @@ export class HashThread implements AsyncDisposable {
     }
   }
 
-  /** The digests in hex, in the order of the algorithms. To be called once, at the end. */
+  /**
+   * Takes the next bytes without copying them: they must stay as they are until the promise resolves. Resolves with the SHA-256 of these bytes alone,
+   * in hex.
+   */
+  async frame(bytes: Uint8Array<SharedArrayBuffer>): Promise<string> {
+    if (this.#failure) throw this.#failure;
+    return new Promise<string>((resolve, reject) => {
+      this.#frames.push({ resolve, reject });
+      this.#ask({ frame: bytes });
+    });
+  }
+
+  /** The digests in hex, in the order of the algorithms. To be called once, at the stream's end; a frame may come behind it. */
   async digest(): Promise<readonly string[]> {
     if (this.#filled > 0) this.#hand();
     this.#ask("digest");

@@ -8,11 +8,11 @@ import type { RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { readsFarReferences } from "./canary.ts";
 import { verifyContent } from "./content.ts";
-import { HashThread } from "./hash-thread.ts";
 import { openPartFile } from "./part-file.ts";
 import type { Part } from "./part.ts";
 import { pump, type PumpOptions, type Target } from "./pump.ts";
 import type { OpenSource } from "./source.ts";
+import type { Throttle } from "./throttle.ts";
 import { openUpload } from "./upload.ts";
 
 /** What zeros of a raw volume are left out in. */
@@ -30,6 +30,7 @@ export interface ImportOptions extends PumpOptions {
   /** `content`: besides, what the host's own qemu-img reads from the finished volume is compared with the source. Default `digest`. */
   readonly verify?: "digest" | "content";
   /** Write a volume of this pool through libvirt's upload stream. Default: a part file, written by a program on the host. */
+  readonly throttle?: Throttle | undefined;
   readonly upload?: { readonly pool: string; readonly isBlock: boolean; readonly patienceMs?: number } | undefined;
 }
 
@@ -53,8 +54,9 @@ export interface ImportResult {
 export async function importDisk(host: Host, source: OpenSource, options: ImportOptions): Promise<ImportResult> {
   const { upload, signal } = options;
   const writer = randomUUID();
+  const hashesAll = options.format === "qcow2";
   const open = (): Promise<Part> =>
-    upload === undefined ? openPartFile(host, options) : openUpload(host, { ...options, ...upload, writer });
+    upload === undefined ? openPartFile(host, { ...options, hashesAll }) : openUpload(host, { ...options, ...upload, writer, hashesAll });
   return intoPart({ open, path: source.path, signal }, (part) => fill(host, part, source, options));
 }
 
@@ -97,7 +99,7 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   }
   await part.resume();
   const runs = await source.runs();
-  await using target =
+  const target =
     options.format === "qcow2" ? qcow2Target(host, part, source.image.granularityBytes, runs, options) : rawTarget(part, options);
   const sourceDigest = await pump(source, runs, target, options);
   const contentDigest = await target.finish();
@@ -114,7 +116,7 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
 }
 
 /** Where guest data goes, and how it ends. */
-interface VolumeTarget extends Target, AsyncDisposable {
+interface VolumeTarget extends Target {
   /** Everything but the seal is on the host, durable and confirmed. Resolves with the content digest. */
   finish(): Promise<string>;
   /** Makes a disk of it. */
@@ -124,12 +126,10 @@ interface VolumeTarget extends Target, AsyncDisposable {
 function qcow2Target(host: Host, part: Part, granularityBytes: number, runs: RunList, options: ImportOptions): VolumeTarget {
   const clusterBytes = chooseClusterBytes(runs, granularityBytes);
   const writer = new Qcow2Writer({ virtualSizeBytes: options.capacityBytes, clusterBytes, layout: options.layout, pieces: runs });
-  const hash = new HashThread("sha256");
   let end = clusterBytes;
   const send = async (writes: Iterable<Write>) => {
     for (const { offset, bytes } of writes) {
       if (offset !== end) throw new Error(`the qcow2 writer left a gap at ${end}`);
-      await hash.update(bytes);
       end += bytes.length;
       await part.write(offset, bytes);
     }
@@ -145,15 +145,13 @@ function qcow2Target(host: Host, part: Part, granularityBytes: number, runs: Run
       const { writes } = writer.finish();
       await send(writes);
       await part.settle();
-      const [digest] = await hash.digest();
-      return `sha256:${digest}`;
+      return `sha256:${await part.writtenDigest()}`;
     },
     seal: async (stamp) => {
       const header = writer.header(stamp);
       await part.write(header.offset, header.bytes);
       await part.settle();
     },
-    [Symbol.asyncDispose]: () => hash[Symbol.asyncDispose](),
   };
 }
 
@@ -178,6 +176,5 @@ function rawTarget(part: Part, options: ImportOptions): VolumeTarget {
       return `sha256:${await part.digest(0)}`;
     },
     seal: (stamp) => part.stamp(stamp),
-    [Symbol.asyncDispose]: async () => {},
   };
 }

@@ -4,17 +4,17 @@ import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
 import { CommandError, DiskError } from "../errors.ts";
 import type { Host, HostStream } from "../host/hosts.ts";
+import { FrameBuffer } from "./frame-buffer.ts";
+import { HashThread } from "./hash-thread.ts";
 import { type GuestOnHost, type Part, pathTaken } from "./part.ts";
 import { RECEIVER } from "./receiver.ts";
+import { type Throttle, throttled } from "./throttle.ts";
 
 /** Frames end at multiples of this: large enough that the host's two processes a frame cost nothing, small enough to hold a few. */
 export const FRAME_BYTES = 8 * 1024 * 1024;
 
 /** Frames sent and not yet hashed by the host. */
 const MAX_FRAMES_IN_FLIGHT = 3;
-
-/** Gaps up to this are filled with zeros rather than beginning a new frame. */
-const MAX_FILLED_GAP_BYTES = 64 * 1024;
 
 /** The most extents of a disk's content that a host may tell: more than a file system makes of any disk. */
 const MAX_EXTENTS = 1 << 22;
@@ -33,6 +33,10 @@ export interface PartFileOptions {
   readonly signal: AbortSignal;
   /** How long to wait for the lock. Default 15,000. */
   readonly lockPatienceMs?: number;
+  /** Whether `writtenDigest` will be asked for. Default false. */
+  readonly hashesAll?: boolean;
+  /** What frames wait for. Default: nothing. */
+  readonly throttle?: Throttle | undefined;
 }
 
 /** Opens the part file of an import on the host, taking its lock. Throws PathTaken when the final path exists, DiskError when another writer holds the lock. */
@@ -41,7 +45,7 @@ export async function openPartFile(host: Host, options: PartFileOptions): Promis
   const deadline = Date.now() + (options.lockPatienceMs ?? LOCK_PATIENCE_MS);
   for (;;) {
     const stream = await host.stream(["sh", "-c", RECEIVER, "virtlift", work, options.id, options.finalPath], { signal: options.signal });
-    const part = new PartFile(stream, host.label, options.finalPath);
+    const part = new PartFile(stream, host.label, options);
     const state = await part.begin();
     if (state === "ready") return part;
     await part[Symbol.asyncDispose]();
@@ -56,21 +60,23 @@ export async function openPartFile(host: Host, options: PartFileOptions): Promis
   }
 }
 
-/** An open part file. Bytes of one frame at a time are held; `write` waits when the host is behind. Not for concurrent use. */
+/** An open part file. One frame is filled while the last one is sent; `write` waits when the host is behind. Not for concurrent use. */
 export class PartFile implements Part {
   readonly #stream: HostStream;
   readonly #host: string;
   readonly #path: string;
+  readonly #throttle: Throttle | undefined;
   readonly #answers: Answers;
   /** Digests of what the host holds from an earlier run, by `offset length`. */
   readonly #held = new Map<string, string>();
-  /** What was sent and not yet confirmed, by `offset length`. The bytes stay untouched until then: a transport may hold on to them. */
-  readonly #sent = new Map<string, { readonly digest: Promise<string>; readonly frame: Uint8Array<ArrayBuffer> }>();
-  readonly #spare: Uint8Array<ArrayBuffer>[] = [];
-  #frame: Uint8Array<ArrayBuffer> = new Uint8Array(FRAME_BYTES);
+  /** Digests of what was sent and not yet confirmed, by `offset length`. */
+  readonly #sent = new Map<string, Promise<string>>();
+  readonly #frames = new FrameBuffer(FRAME_BYTES);
+  readonly #algorithms: readonly string[];
+  #hash: HashThread | undefined;
+  /** Settles when the transport has taken the last frame. */
+  #sending: Promise<void> = Promise.resolve();
   #abandonWrite: (error: unknown) => void = () => {};
-  #frameOffset = 0;
-  #frameLength = 0;
   /** Where this run's frames lie, in the order in which they came. */
   readonly #placed: { readonly offset: number; lengthBytes: number }[] = [];
   #endBytes = 0;
@@ -78,10 +84,12 @@ export class PartFile implements Part {
   #sentBytes = 0;
   #keptBytes = 0;
 
-  constructor(stream: HostStream, host: string, path: string) {
+  constructor(stream: HostStream, host: string, options: Pick<PartFileOptions, "finalPath" | "hashesAll" | "throttle">) {
     this.#stream = stream;
     this.#host = host;
-    this.#path = path;
+    this.#path = options.finalPath;
+    this.#throttle = options.throttle;
+    this.#algorithms = options.hashesAll === true ? ["sha256"] : [];
     // Whatever breaks the stream settles `done`; an unheard "error" event would end the process.
     stream.io.on("error", () => {});
     // A write that is under way when its process dies never calls back.
@@ -120,16 +128,9 @@ export class PartFile implements Part {
 
   /** Writes bytes at an offset. Contiguous bytes make one frame; the buffer is free again when the promise resolves. */
   async write(offset: number, bytes: Uint8Array): Promise<void> {
-    let at = 0;
-    while (at < bytes.length) {
-      const position = offset + at;
-      await this.#seek(position);
-      const room = FRAME_BYTES - ((this.#frameOffset + this.#frameLength) % FRAME_BYTES);
-      const piece = bytes.subarray(at, at + room);
-      this.#frame.set(piece, this.#frameLength);
-      this.#frameLength += piece.length;
-      at += piece.length;
-      if (piece.length === room) await this.#flush();
+    for (let at = 0; at < bytes.length;) {
+      at += this.#frames.add(offset + at, bytes.subarray(at));
+      if (at < bytes.length || this.#frames.isFull) await this.#flush();
     }
   }
 
@@ -158,6 +159,12 @@ export class PartFile implements Part {
     const answer = await this.#answers.next();
     const digest = /^digest ([0-9a-f]{64})$/.exec(answer)?.[1];
     if (digest === undefined) throw this.#unexpected(answer);
+    return digest;
+  }
+
+  async writtenDigest(): Promise<string> {
+    const [digest] = (await this.#hash?.digest()) ?? [];
+    if (digest === undefined) throw new Error("the part was not opened to hash all that is written, or nothing was");
     return digest;
   }
 
@@ -211,7 +218,7 @@ export class PartFile implements Part {
 
   /** Removes the part and all that belongs to it. */
   async discard(): Promise<void> {
-    this.#frameLength = 0;
+    this.#frames.clear();
     while (this.#sent.size > 0) await this.#confirm();
     await this.#command("discard\n");
   }
@@ -220,6 +227,7 @@ export class PartFile implements Part {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#stream.io.end();
     await this.#stream[Symbol.asyncDispose]();
+    await this.#hash?.[Symbol.asyncDispose]();
   }
 
   async #guestDigest(offset: number, lengthBytes: number): Promise<string> {
@@ -242,50 +250,40 @@ export class PartFile implements Part {
     if (sizeBytes > at) await this.#command(`clear ${at} ${sizeBytes - at}\n`);
   }
 
-  async #seek(position: number): Promise<void> {
-    const end = this.#frameOffset + this.#frameLength;
-    if (this.#frameLength > 0 && position !== end) {
-      const gap = position - end;
-      if (gap > 0 && gap <= MAX_FILLED_GAP_BYTES && Math.floor(position / FRAME_BYTES) === Math.floor(end / FRAME_BYTES)) {
-        this.#frame.fill(0, this.#frameLength, this.#frameLength + gap);
-        this.#frameLength += gap;
-      } else {
-        await this.#flush();
-      }
-    }
-    if (this.#frameLength === 0) this.#frameOffset = position;
-  }
-
   async #flush(): Promise<void> {
-    if (this.#frameLength === 0) return;
-    const bytes = this.#frame.subarray(0, this.#frameLength);
-    const key = `${this.#frameOffset} ${this.#frameLength}`;
-    const digest = sha256(bytes);
+    const frame = this.#frames.take();
+    if (frame === undefined) return;
+    const { offset, bytes } = frame;
+    const key = `${offset} ${bytes.length}`;
+    this.#hash ??= new HashThread(...this.#algorithms);
+    const digest = this.#hash.frame(bytes);
+    // Awaited when the host has answered; until then its failure must not be a stray one.
+    digest.catch(() => {});
     const last = this.#placed.at(-1);
-    if (last && last.offset + last.lengthBytes === this.#frameOffset) last.lengthBytes += bytes.length;
-    else this.#placed.push({ offset: this.#frameOffset, lengthBytes: bytes.length });
-    this.#endBytes = Math.max(this.#endBytes, this.#frameOffset + bytes.length);
-    this.#frameLength = 0;
+    if (last && last.offset + last.lengthBytes === offset) last.lengthBytes += bytes.length;
+    else this.#placed.push({ offset, lengthBytes: bytes.length });
+    this.#endBytes = Math.max(this.#endBytes, offset + bytes.length);
     if (this.#held.has(key) && this.#held.get(key) === (await digest)) {
       this.#keptBytes += bytes.length;
+      this.#frames.release(frame);
       return;
     }
     while (this.#sent.size >= MAX_FRAMES_IN_FLIGHT) await this.#confirm();
-    this.#sent.set(key, { digest, frame: this.#frame });
-    this.#sentBytes += bytes.length;
-    this.#frame = this.#spare.pop() ?? new Uint8Array(FRAME_BYTES);
     await this.#send(`write ${key}\n`);
-    await this.#send(bytes);
+    this.#sent.set(key, digest);
+    this.#sentBytes += bytes.length;
+    this.#sending = this.#writeFrame(bytes);
+    // Who sends or waits next hears of a failure.
+    void Promise.allSettled([this.#sending, digest]).then(() => this.#frames.release(frame));
   }
 
   async #confirm(): Promise<void> {
     const answer = await this.#answers.next();
     const have = parseHave(answer);
-    const sent = have && this.#sent.get(have.key);
-    if (!sent) throw this.#unexpected(answer);
+    const digest = have && this.#sent.get(have.key);
+    if (!digest) throw this.#unexpected(answer);
     this.#sent.delete(have.key);
-    this.#spare.push(sent.frame);
-    if (have.digest !== (await sent.digest)) {
+    if (have.digest !== (await digest)) {
       throw new DiskError(
         `${this.#path} on ${this.#host} does not hold the bytes that were sent (frame ${have.key}): its storage or memory is faulty`,
         {
@@ -302,17 +300,29 @@ export class PartFile implements Part {
     if (answer !== "ok") throw this.#unexpected(answer);
   }
 
-  /** Resolves when the transport has taken the bytes. */
+  /** Resolves when the transport has taken the bytes, and all before them. */
   async #send(bytes: string | Uint8Array): Promise<void> {
-    await new Promise<void>((resolve, reject) => {
-      this.#abandonWrite = reject;
-      this.#stream.io.write(bytes, (error) => (error ? reject(error) : resolve()));
-    }).catch(async (error: unknown) => {
+    try {
+      await this.#sending;
+      await this.#write(bytes);
+    } catch (error) {
       // The receiver's last line says why it hung up; the broken pipe is only how we noticed.
       for (;;) {
         const answer = await this.#answers.next();
         if (!parseHave(answer)) throw this.#unexpected(answer, error);
       }
+    }
+  }
+
+  async #writeFrame(bytes: Uint8Array): Promise<void> {
+    for await (const piece of throttled(bytes, this.#throttle)) await this.#write(piece);
+  }
+
+  /** One write at a time. */
+  async #write(bytes: string | Uint8Array): Promise<void> {
+    await new Promise<void>((resolve, reject) => {
+      this.#abandonWrite = reject;
+      this.#stream.io.write(bytes, (error) => (error ? reject(error) : resolve()));
     });
   }
 
@@ -335,11 +345,6 @@ export class PartFile implements Part {
     }
     return error instanceof Error ? error : new Error(String(error));
   }
-}
-
-/** Hex; computed by another thread from a copy, so the bytes may change at once. */
-async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
-  return Buffer.from(await crypto.subtle.digest("SHA-256", bytes)).toString("hex");
 }
 
 function parseHave(answer: string): { readonly key: string; readonly digest: string } | undefined {

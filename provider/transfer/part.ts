@@ -19,6 +19,8 @@ export interface Part extends AsyncDisposable {
   allocate(sizeBytes: number): Promise<void>;
   /** The SHA-256 of what the host holds from `offset` to the end, in hex. */
   digest(offset: number): Promise<string>;
+  /** The SHA-256 in hex of all that was written so far, in the order in which it came. Once, after `settle`, of a part that was opened for it. */
+  writtenDigest(): Promise<string>;
   /** Keeps a stamp beside the part, for formats that have no room for one, where there is a place for it. */
   stamp(stamp: Uint8Array): Promise<void>;
   /** Lets the host's own qemu-img read the disk, once it is whole and sealed. Absent where no program of ours may run on the host. */

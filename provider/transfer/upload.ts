@@ -6,7 +6,7 @@
  * first sector; the true one is written last, by a single write. libvirt makes no byte durable on demand: a host that loses its power within the
  * kernel's write-back time (half a minute) after the end of an import may lose some of the disk.
  */
-import { createHash } from "node:crypto";
+import { createHash, type Hash } from "node:crypto";
 import { posix } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { ConnectionError, DiskError, LibvirtError } from "../errors.ts";
@@ -15,7 +15,9 @@ import { element, renderXml } from "../libvirt/render.ts";
 import type { Libvirt, Upload } from "../libvirt/client.ts";
 import { STORAGE_VOL_RESIZE, STORAGE_VOL_TRANSFER } from "../libvirt/constants.ts";
 import type { StorageVol } from "../libvirt/procedures.ts";
+import { FrameBuffer } from "./frame-buffer.ts";
 import { type Part, pathTaken } from "./part.ts";
+import { type Throttle, throttled } from "./throttle.ts";
 import {
   encodeMark,
   hashVolume,
@@ -30,9 +32,6 @@ import {
 
 /** What is compared and confirmed as one. */
 const FRAME_BYTES = 16 * 1024 * 1024;
-
-/** Gaps up to this are filled with zeros rather than beginning a new frame. */
-const MAX_FILLED_GAP_BYTES = 64 * 1024;
 
 /** How long a volume must have been silent before it is taken over from a writer who may be alive, unless told otherwise. */
 const TAKEOVER_PATIENCE_MS = 10_000;
@@ -58,6 +57,10 @@ export interface UploadOptions {
   readonly signal: AbortSignal;
   /** Milliseconds of silence after which an unfinished volume counts as abandoned. Default 10,000. */
   readonly patienceMs?: number;
+  /** Whether `writtenDigest` will be asked for. Default false. */
+  readonly hashesAll?: boolean;
+  /** What frames wait for. Default: nothing. */
+  readonly throttle?: Throttle | undefined;
 }
 
 /**
@@ -159,9 +162,8 @@ export class VolumeUpload implements Part {
   readonly #options: UploadOptions;
   /** The volume's beginning: it takes the mark's place at the end. */
   readonly #head = Buffer.alloc(HEAD_BYTES);
-  readonly #frame = new Uint8Array(FRAME_BYTES);
-  #frameOffset = 0;
-  #frameLength = 0;
+  readonly #frames = new FrameBuffer(FRAME_BYTES);
+  #written: Hash | undefined;
   #stream: { readonly upload: Upload; position: number } | undefined;
   /** All that is in its place, by frames and holes. */
   readonly #placed: Extent[] = [];
@@ -192,6 +194,7 @@ export class VolumeUpload implements Part {
     this.#isComparing = given.isResumed;
     this.#host = given.host;
     this.#options = given.options;
+    this.#written = given.options.hashesAll === true ? createHash("sha256") : undefined;
   }
 
   get sentBytes(): number {
@@ -209,15 +212,10 @@ export class VolumeUpload implements Part {
     const inHead = Math.min(bytes.length, Math.max(0, HEAD_BYTES - offset));
     this.#head.set(bytes.subarray(0, inHead), inHead > 0 ? offset : 0);
     this.#endBytes = Math.max(this.#endBytes, offset + bytes.length);
+    this.#written?.update(bytes);
     for (let at = inHead; at < bytes.length;) {
-      const position = offset + at;
-      await this.#seek(position);
-      const room = FRAME_BYTES - ((this.#frameOffset + this.#frameLength) % FRAME_BYTES);
-      const piece = bytes.subarray(at, at + room);
-      this.#frame.set(piece, this.#frameLength);
-      this.#frameLength += piece.length;
-      at += piece.length;
-      if (piece.length === room) await this.#flush();
+      at += this.#frames.add(offset + at, bytes.subarray(at));
+      if (at < bytes.length || this.#frames.isFull) await this.#flush();
     }
   }
 
@@ -256,6 +254,13 @@ export class VolumeUpload implements Part {
     const start = Math.max(offset, HEAD_BYTES);
     if (this.#endBytes <= start) return hash.digest("hex");
     return this.#explained(async () => (await hashVolume(this.#libvirt, this.#volume, start, this.#endBytes - start, hash)).digest);
+  }
+
+  async writtenDigest(): Promise<string> {
+    const hash = this.#written;
+    if (hash === undefined) throw new Error("the upload was not opened to hash all that is written");
+    this.#written = undefined;
+    return hash.digest("hex");
   }
 
   /** There is no place for it: a raw volume that came this way is known by the resource's state alone. */
@@ -306,46 +311,32 @@ export class VolumeUpload implements Part {
     await this.#connection.close();
   }
 
-  async #seek(position: number): Promise<void> {
-    const end = this.#frameOffset + this.#frameLength;
-    if (this.#frameLength > 0 && position !== end) {
-      const gap = position - end;
-      if (gap > 0 && gap <= MAX_FILLED_GAP_BYTES && Math.floor(position / FRAME_BYTES) === Math.floor(end / FRAME_BYTES)) {
-        this.#frame.fill(0, this.#frameLength, this.#frameLength + gap);
-        this.#frameLength += gap;
-      } else {
-        await this.#flush();
-      }
-    }
-    if (this.#frameLength === 0) this.#frameOffset = position;
-  }
-
   async #flush(): Promise<void> {
-    if (this.#frameLength === 0) return;
-    const bytes = this.#frame.subarray(0, this.#frameLength);
-    const extent = { offset: this.#frameOffset, lengthBytes: this.#frameLength };
+    const frame = this.#frames.take();
+    if (frame === undefined) return;
+    const { offset, bytes } = frame;
+    const extent = { offset, lengthBytes: bytes.length };
     const digest = createHash("sha256").update(bytes).digest("hex");
-    this.#frameLength = 0;
     await this.#explained(async () => {
       if (this.#isComparing) {
-        const { offset, lengthBytes } = extent;
-        const there = await hashVolume(this.#libvirt, this.#volume, offset, lengthBytes);
-        if (there.lengthBytes === lengthBytes && there.digest === digest) {
-          this.#keptBytes += lengthBytes;
+        const there = await hashVolume(this.#libvirt, this.#volume, offset, bytes.length);
+        if (there.lengthBytes === bytes.length && there.digest === digest) {
+          this.#keptBytes += bytes.length;
           this.#place(extent);
           return;
         }
         this.#isComparing = false;
       }
       if (this.#options.isBlock || performance.now() - this.#lastWriteMs > SILENCE_MS) await this.#assertOwner();
-      const stream = await this.#streamAt(extent.offset);
-      await stream.upload.write(bytes);
+      const stream = await this.#streamAt(offset);
+      for await (const piece of throttled(bytes, this.#options.throttle)) await stream.upload.write(piece);
       stream.position += bytes.length;
       this.#lastWriteMs = performance.now();
       this.#sentBytes += bytes.length;
       this.#place(extent);
       this.#unconfirmed.push({ ...extent, digest });
     });
+    this.#frames.release(frame);
   }
 
   /** A stream that stands at `offset`. */
