@@ -88,7 +88,7 @@ export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineA
 
 /** Says what adoption changes of the machine as it is defined, a line for each property; what a running guest cannot take comes at its next start. */
 export function tellAdoption(context: Context, inputs: MachineInputs, defined: ObservedDomain): void {
-  const drift = Object.entries(driftOf(inputs, defined, () => false));
+  const drift = Object.entries(driftOf(inputs, defined, { isSnapshot: () => false, sizes: new Map() }));
   const say = (line: string): void => tell(context, "info", `${nameOf(inputs.origin)}: ${line}`);
   say(`the machine ${defined.name} (${defined.uuid}) is adopted and not restarted; devices that no property knows leave its definition`);
   for (const [property, value] of drift) {

@@ -68,12 +68,13 @@ const PROPERTIES: Readonly<Partial<Record<keyof MachineInputs, Property>>> = {
 
 /**
  * What differs from the inputs: of every property that can be read off a definition, also of those that nobody declared. What is as it was is left out,
- * word for word; a value that is gone is there as undefined. `isSnapshot` says whether a file lies on top of a declared one.
+ * word for word; a value that is gone is there as undefined. `isSnapshot` says whether a file lies on top of a declared one; `sizes` are those of the
+ * machine's own volumes, in bytes by path, as far as they are known.
  */
 export function driftOf(
   inputs: MachineInputs,
   defined: ObservedDomain,
-  isSnapshot: IsSnapshot,
+  { isSnapshot, sizes }: Found,
 ): Partial<Record<keyof MachineInputs, unknown>> {
   const expected = definitionOf(domainSpec(inputs, []));
   const drift: Partial<Record<keyof MachineInputs, unknown>> = {};
@@ -83,7 +84,13 @@ export function driftOf(
   }
   const networks = networksOf(inputs, defined.interfaces);
   if (!isSame(networks, inputs.networks)) drift.networks = networks;
-  return { ...drift, ...diskDrift(inputs, defined.disks, isSnapshot) };
+  return { ...drift, ...diskDrift(inputs, defined.disks, { isSnapshot, sizes }) };
+}
+
+/** What a definition does not say. */
+interface Found {
+  readonly isSnapshot: IsSnapshot;
+  readonly sizes: ReadonlyMap<string, number>;
 }
 
 /** What an adopted machine is, in properties: what the user does not say stays as it is. The boot disk and the seed are the user's to say. */
@@ -135,7 +142,7 @@ function networkOf({
 function diskDrift(
   inputs: MachineInputs,
   found: readonly ObservedDisk[],
-  isSnapshot: IsSnapshot,
+  { isSnapshot, sizes }: Found,
 ): Partial<Record<keyof MachineInputs, unknown>> {
   const [boot, ...further] = diskSpecs(inputs);
   const isOn = (disk: ObservedDisk, declared: string): boolean =>
@@ -148,18 +155,34 @@ function diskDrift(
     if (!spec || !now) return [];
     if (spec.path === undefined ? now.path !== undefined : !isOn(now, spec.path)) return [diskOf(now)];
     const served = (each: ObservedDisk) => ({ ...each, path: undefined, format: undefined });
-    return [isSame(served(now), served(spec)) ? disk : { ...disk, ...servingOf(now) }];
+    const resized = resizedTo(disk.path, disk.size, sizes);
+    const changes = {
+      ...(!isSame(served(now), served(spec)) && servingOf(now)),
+      ...(resized !== undefined && { size: resized }),
+    };
+    return [{ ...disk, ...changes }];
   });
   const known = new Set([boot, ...further].map((disk) => disk?.target));
   const others = found.filter(({ target }) => !known.has(target)).map(diskOf);
   const all = [...disks, ...others];
 
+  const { image } = inputs;
+  const resized = image && resizedTo(image.volumePath, image.capacity, sizes);
   const bootNow = at(boot?.target);
   const isSwapped = boot?.path !== undefined && bootNow !== undefined && !isOn(bootNow, boot.path);
   return {
     ...(!isSame(all, inputs.disks) && { disks: all }),
+    ...(resized !== undefined && { image: { ...image, capacity: resized } }),
     ...(isSwapped && inputs.importedDisk && { importedDisk: { ...inputs.importedDisk, path: bootNow.path, format: bootNow.format } }),
   };
+}
+
+const SECTOR_BYTES = 512;
+
+/** The size in bytes that a disk got from somebody else; undefined where it is as declared, to the sector that it fills, or is not known. */
+function resizedTo(path: string | undefined, declared: number | undefined, sizes: ReadonlyMap<string, number>): number | undefined {
+  const size = path === undefined || declared === undefined ? undefined : sizes.get(path);
+  return size === declared || size === Math.ceil((declared ?? 0) / SECTOR_BYTES) * SECTOR_BYTES ? undefined : size;
 }
 
 function diskOf(disk: ObservedDisk): Readonly<Record<string, unknown>> {

@@ -5,6 +5,7 @@ import { isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { parseXml } from "../image/xml.ts";
 import type { Libvirt } from "../libvirt/client.ts";
+import { attribute, child, text } from "../libvirt/tree.ts";
 import { PoolError, poolFolder } from "./pool.ts";
 import { factsOf } from "./preflight/host-facts.ts";
 import type { DiskRef } from "./schema.ts";
@@ -49,6 +50,13 @@ export async function placeImage(host: Host, image: NonNullable<VirtualMachineAr
   }
   const path = found?.path ?? image.path!;
   const format = image.format ?? asFormat("image.format", path, found?.format);
+  const { capacity } = image;
+  if (capacity !== undefined && found?.capacityBytes !== undefined && capacity < found.capacityBytes) {
+    throw new PlacementError(
+      "image.capacity",
+      `${capacity} bytes are less than the template ${path} on ${host.label} has, and a disk is never cut: give at least ${found.capacityBytes}`,
+    );
+  }
   const volumeName = `${machine}-boot.qcow2`;
   return { ...image, template: { path, format }, volumeName, volumePath: posix.join(folder, volumeName) };
 }
@@ -104,6 +112,8 @@ interface FoundVolume {
   readonly path: string;
   /** As libvirt read it from the volume's first bytes. */
   readonly format: string | undefined;
+  /** As a guest sees it. */
+  readonly capacityBytes: number | undefined;
 }
 
 async function volumeNamed(host: Host, property: string, poolName: string, name: string): Promise<FoundVolume> {
@@ -132,9 +142,9 @@ async function volumeAt(host: Host, path: string): Promise<FoundVolume | undefin
 }
 
 async function describeVolume(libvirt: Libvirt, volume: Awaited<ReturnType<Libvirt["storageVolLookupByPath"]>>): Promise<FoundVolume> {
-  const target = parseXml(await libvirt.storageVolGetXMLDesc(volume), "the volume's XML").children.find(({ name }) => name === "target");
-  const format = target?.children.find(({ name }) => name === "format")?.attributes.get("type");
-  return { path: volume.key, format };
+  const xml = parseXml(await libvirt.storageVolGetXMLDesc(volume), "the volume's XML");
+  const capacityBytes = Number(text(xml, "capacity")) || undefined;
+  return { path: volume.key, format: attribute(child(child(xml, "target"), "format"), "type"), capacityBytes };
 }
 
 function asFormat(property: string, path: string, found: string | undefined): "qcow2" | "raw" {

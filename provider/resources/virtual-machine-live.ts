@@ -16,6 +16,7 @@ import type { Domain } from "../libvirt/procedures.ts";
 import { canPlugDisk, canPlugInterface, canUnplugDisk, canUpdateInterface, isSameDrive } from "./virtual-machine-changes.ts";
 import { type Guest, powerStateOf } from "./virtual-machine-guest.ts";
 import { isSame, type VolumePlan } from "./virtual-machine-spec.ts";
+import { sizesOf } from "./virtual-machine-volumes.ts";
 
 /** A guest that lets a device go does so within a second; one that still boots, or has no driver for it, never hears that it is asked. */
 const UNPLUG_TIMEOUT_MS = 20_000;
@@ -215,13 +216,12 @@ async function askToLetGo(libvirt: Libvirt, domain: Domain, xml: string): Promis
 export async function growVolumes(guest: Guest, volumes: readonly VolumePlan[], defined: ObservedDomain): Promise<readonly string[]> {
   const { libvirt, domain } = guest;
   const isStopped = (await powerStateOf(guest)) === "stopped";
+  const sizes = await sizesOf(libvirt, volumes, defined);
   const grown: string[] = [];
-  for (const { path, capacityBytes, content } of volumes) {
+  for (const { path, capacityBytes = 0 } of volumes) {
     const disk = defined.disks.find((each) => each.path === path);
-    if (capacityBytes === undefined || content !== undefined || disk === undefined) continue;
-    const volume = await libvirt.storageVolLookupByPath(path);
-    if ((await libvirt.storageVolGetInfo(volume)).capacity >= capacityBytes) continue;
-    if (isStopped) await libvirt.storageVolResize(volume, capacityBytes);
+    if (disk === undefined || (sizes.get(path) ?? capacityBytes) >= capacityBytes) continue;
+    if (isStopped) await libvirt.storageVolResize(await libvirt.storageVolLookupByPath(path), capacityBytes);
     else await libvirt.domainBlockResize(domain, disk.target, capacityBytes, DOMAIN_BLOCK_RESIZE.bytes);
     grown.push(path);
   }

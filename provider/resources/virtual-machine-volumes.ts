@@ -30,6 +30,7 @@ export async function makeVolume(host: Host, plan: VolumePlan, signal: AbortSign
     if ((await calls.storageVolGetInfo(made)).capacity < capacityBytes) await calls.storageVolResize(made, capacityBytes);
     return;
   }
+  // libvirt takes none for the template's own.
   const capacityBytes = plan.capacityBytes ?? (template && (await capacityOf(calls, template.path)));
   const volume = await calls.storageVolCreateXML(pool, volumeXml({ ...plan, capacityBytes }));
   if (plan.content === undefined) return;
@@ -55,6 +56,24 @@ export async function findSnapshots(libvirt: Libvirt, { disks }: ObservedDomain,
   return (top, below) => chains.has(top) && declared.includes(below) && (chains.get(top)?.includes(below) ?? true);
 }
 
+/**
+ * The size, in bytes, of each of the volumes that has a declared one: by its path, as the guest sees it. Left out are volumes that are no disk of the
+ * machine, as under a snapshot, and those that no pool knows.
+ */
+export async function sizesOf(
+  libvirt: Libvirt,
+  volumes: readonly VolumePlan[],
+  { disks }: ObservedDomain,
+): Promise<ReadonlyMap<string, number>> {
+  const sizes = new Map<string, number>();
+  for (const { path, capacityBytes, content } of volumes) {
+    if (capacityBytes === undefined || content !== undefined || !disks.some((disk) => disk.path === path)) continue;
+    const size = await capacityOf(libvirt, path);
+    if (size !== undefined) sizes.set(path, size);
+  }
+  return sizes;
+}
+
 /** The files that a volume stands on, the next one first; undefined when no pool knows it. */
 async function chainBelow(libvirt: Libvirt, path: string): Promise<readonly string[] | undefined> {
   const chain: string[] = [];
@@ -74,7 +93,7 @@ async function chainBelow(libvirt: Libvirt, path: string): Promise<readonly stri
   return chain;
 }
 
-/** Undefined, which libvirt takes for the template's own, when the template is in no pool. */
+/** The volume's size in bytes; undefined when it is in no pool. */
 async function capacityOf(libvirt: Libvirt, path: string): Promise<number | undefined> {
   try {
     return (await libvirt.storageVolGetInfo(await libvirt.storageVolLookupByPath(path))).capacity;

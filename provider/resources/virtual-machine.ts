@@ -66,7 +66,7 @@ import {
   uuidOf,
 } from "./virtual-machine-spec.ts";
 import { domainsUsing } from "./usage.ts";
-import { deleteVolume, findSnapshots, makeVolume, volumesOn } from "./virtual-machine-volumes.ts";
+import { deleteVolume, findSnapshots, makeVolume, sizesOf, volumesOn } from "./virtual-machine-volumes.ts";
 
 export interface MachineState extends Omit<MachineInputs, "powerState">, Home {
   /** As it was when virtlift last looked. */
@@ -311,6 +311,8 @@ async function restartsOf(context: Context, libvirt: Libvirt, inputs: MachineInp
   if (properties.length === 0 || inputs.powerState === "stopped") return [];
   const domain = await findDomain(libvirt, inputs.uuid);
   if (!domain || (await powerStateOf({ libvirt, domain })) === "stopped") return [];
+  // What somebody else defined and did not start goes without a restart.
+  if (await runsAs(libvirt, domain, inputs)) return [];
   switch (inputs.onRestartRequired) {
     case "restart":
       tell(context, "info", `${inputs.name}: the guest is restarted for ${properties.join(", ")}`);
@@ -613,8 +615,9 @@ async function declaredDrift(
 ): Promise<Partial<MachineInputs>> {
   const inputs = inputsOf(state);
   const isSnapshot = await findSnapshots(libvirt, defined, state.diskPaths);
+  const sizes = await sizesOf(libvirt, ownVolumes(inputs), defined);
   const autostart = await libvirt.domainGetAutostart(domain);
-  const drift = { ...driftOf(inputs, defined, isSnapshot), ...(autostart !== state.autostart && { autostart }) };
+  const drift = { ...driftOf(inputs, defined, { isSnapshot, sizes }), ...(autostart !== state.autostart && { autostart }) };
   for (const { target, path } of domainSpec(inputs, []).disks) {
     const found = defined.disks.find((disk) => disk.target === target);
     if (found?.path !== path) {

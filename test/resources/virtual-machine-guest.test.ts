@@ -162,6 +162,9 @@ describe("without a guest system", () => {
     await copyFile(guest.path, join(libvirtd.poolPath, "template.img"));
     await libvirtd.virsh("pool-refresh", "default");
     const image = { volume: "template.img", capacity: "80MiB" };
+    expect(await desk.failures(machine(libvirtd, "copy", { image: { ...image, capacity: "8MiB" } }))).toEqual([
+      { property: "image.capacity", reason: expect.stringContaining("a disk is never cut: give at least 67108864") },
+    ]);
     const inputs = await desk.checked(machine(libvirtd, "copy", { image, powerState: "stopped" }));
     const { id, state } = await virtualMachine.create(desk.context, inputs);
     const { stdout } = await runCommand(["qemu-img", "info", "--output=json", inputs.diskPaths[0]!]);

@@ -4,6 +4,7 @@ import { readdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
+import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import type { Libvirtd } from "../bed/libvirtd.ts";
 import { machineFixtures, type MachineFixtures } from "./machine-bench.ts";
@@ -196,6 +197,101 @@ describe("a machine with everything", () => {
     expect(await libvirtd.virsh("dumpxml", "safe")).toMatch(/secure='yes'[^]*OVMF_CODE[^<]*\.(ms|secboot)\.fd[^]*OVMF_VARS[^']*\.ms\.fd/);
     await virtualMachine.delete(desk.context, id, state);
   });
+});
+
+interface ByHand {
+  readonly virsh: readonly (readonly string[])[];
+  /** The properties that are found other than they were. */
+  readonly found: (inputs: MachineInputs) => object;
+}
+
+/** What a human does to the machine `drift`, in this order. */
+const byHand = (other: string, medium: string): Readonly<Record<string, ByHand>> => ({
+  "takes memory": { virsh: [["setmem", "drift", "48M", "--config"]], found: () => ({ memoryMiB: 48 }) },
+  "gives a CPU": { virsh: [["setvcpus", "drift", "2", "--config"]], found: () => ({ vcpus: 2 }) },
+  "adds an interface": {
+    virsh: [["attach-interface", "drift", "network", "default", "--mac", "52:54:00:0d:0d:0d", "--model", "virtio", "--config"]],
+    found: ({ networks }) => ({ networks: [...networks, { network: "default", mac: "52:54:00:0d:0d:0d", model: "virtio" }] }),
+  },
+  "swaps a disk": {
+    virsh: [
+      ["detach-disk", "drift", "vdb", "--config"],
+      ["attach-disk", "drift", other, "vdb", "--subdriver", "qcow2", "--config"],
+    ],
+    found: ({ disks }) => ({ disks: [expect.objectContaining({ path: other, format: "qcow2", bus: "virtio" }), ...disks.slice(1)] }),
+  },
+  "grows a disk under the guest": {
+    virsh: [["blockresize", "drift", "vdc", "2MiB"]],
+    found: ({ disks }) => ({ disks: [expect.objectContaining({ path: other }), { ...disks[1], size: 2 * 2 ** 20 }, disks[2]] }),
+  },
+  "puts a medium into the drive": {
+    virsh: [["change-media", "drift", "sda", medium, "--insert", "--config"]],
+    found: ({ disks }) => ({
+      disks: [
+        expect.objectContaining({ path: other }),
+        { ...disks[1], size: 2 * 2 ** 20 },
+        expect.objectContaining({ device: "cdrom", path: medium }),
+      ],
+    }),
+  },
+  "pins a CPU": { virsh: [["vcpupin", "drift", "0", "0", "--config"]], found: () => ({ cpuPinning: { "0": "0" } }) },
+  "writes another title": { virsh: [["desc", "drift", "--title", "--config", "Mine"]], found: () => ({ title: "Mine" }) },
+  "lets it start with its host": { virsh: [["autostart", "drift"]], found: () => ({ autostart: true }) },
+  "pauses it": { virsh: [["suspend", "drift"]], found: () => ({ powerState: "paused" }) },
+  "cuts its power": { virsh: [["destroy", "drift"]], found: () => ({ powerState: "stopped" }) },
+  "shrinks the disk": {
+    virsh: [["vol-resize", "drift-data.qcow2", "512KiB", "--pool", "default", "--shrink"]],
+    found: ({ disks }) => ({
+      disks: [
+        expect.objectContaining({ path: other }),
+        { ...disks[1], size: 512 * 1024 },
+        expect.objectContaining({ device: "cdrom", path: medium }),
+      ],
+    }),
+  },
+});
+
+test("what a human does with virsh is found in the user's own words, and the next update takes it back", async ({ libvirtd, desk }) => {
+  const { context } = desk;
+  const medium = join(libvirtd.poolPath, "medium.iso");
+  await writeFile(medium, Buffer.alloc(64 * 1024));
+  const data = { size: 1_000_000, name: "data" };
+  const first = { path: await placeDisk(libvirtd, "first") };
+  const news = await machine(libvirtd, "drift", {
+    bus: "virtio",
+    maxMemoryMiB: 128,
+    vcpus: 1,
+    maxVcpus: 2,
+    cpuPinning: {},
+    title: "Ours",
+    autostart: false,
+    powerState: "running",
+    networks: [{ network: "default", model: "virtio" }],
+    disks: [first, data, { device: "cdrom" }],
+  });
+  const inputs = await desk.checked(news);
+  const { id, state } = await virtualMachine.create(context, inputs);
+  const before = await virtualMachine.read(context, id, state);
+  expect(before?.inputs).toEqual(inputs);
+  // What was only defined by hand goes without a restart; what has grown does not shrink again.
+  expect(await desk.failures(news, { ...inputs, vcpus: 2 })).toEqual([]);
+  const grown = inputs.disks.map((disk) => ({ ...disk, size: disk.size && 2 * disk.size }));
+  expect(await desk.failures(news, { ...inputs, disks: grown })).toEqual([
+    { property: "disks[1].size", reason: expect.stringContaining("declare the size that it has by now") },
+  ]);
+  let seen = before!;
+  for (const [what, { virsh, found }] of Object.entries(byHand(await placeDisk(libvirtd, "other"), medium))) {
+    for (const argv of virsh) await libvirtd.virsh(...argv);
+    const expected = { ...seen.inputs, ...found(inputs) };
+    seen = (await virtualMachine.read(context, id, state))!;
+    expect([what, seen.inputs]).toEqual([what, expected]);
+  }
+  const wanted = await desk.checked(news, seen.inputs);
+  const repaired = await virtualMachine.update(context, id, seen.state, wanted);
+  expect(repaired).toMatchObject({ powerState: "running", restartPending: false });
+  expect((await virtualMachine.read(context, id, repaired))?.inputs).toEqual(inputs);
+  await virtualMachine.delete(context, id, repaired);
+  expect(await readdir(libvirtd.poolPath)).not.toContain("drift-data.qcow2");
 });
 
 test("a machine whose disk is the base of another one's is not deleted, and an overlay knows its base", async ({ libvirtd, desk }) => {

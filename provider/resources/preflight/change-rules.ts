@@ -64,11 +64,11 @@ export const MACHINE_CHANGE_RULES: readonly Rule<ChangedMachine>[] = [
     level: "block",
     isFixed: true,
     summary: "A change that no machine can take: a disk that is to shrink.",
-    remedy: "Undo the change, or give another disk another `name`.",
+    remedy: "Undo the change, declare the size that the disk has by now, or give another disk another `name`.",
     test: ({ name, refused }) =>
       refused.map(({ path, why }) => ({
         property: path,
-        sentence: `${name} cannot take this change: ${why}: undo it, or declare another disk`,
+        sentence: `${name} cannot take this change: ${why}: declare the size that it has by now, or another disk`,
       })),
   },
   {
