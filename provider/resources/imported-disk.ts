@@ -394,7 +394,7 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
     const users = new Set([
       ...(await domainsUsing(libvirt, state.path)),
       ...(uploadReason === undefined ? await machinesReaching(host, state.path) : []),
-      ...(await volumesBackedBy(libvirt, state.pool, state.path)),
+      ...(await volumesBackedBy(libvirt, state.path)),
     ]);
     if (users.size > 0) {
       throw new DiskError(

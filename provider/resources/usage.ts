@@ -2,7 +2,7 @@
 import { XMLParser } from "fast-xml-parser";
 import { isNotFound } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
-import { DOMAIN_XML } from "../libvirt/constants.ts";
+import { DOMAIN_XML, LIST_STORAGE_POOLS } from "../libvirt/constants.ts";
 
 const parser = new XMLParser({ ignoreAttributes: false, attributeNamePrefix: "", parseTagValue: false });
 
@@ -16,17 +16,18 @@ export async function domainsUsing(libvirt: Libvirt, path: string, flags = 0): P
   return users;
 }
 
-/** Names of the pool's volumes that have the path as their backing file. */
-export async function volumesBackedBy(libvirt: Libvirt, poolName: string, path: string): Promise<readonly string[]> {
-  const pool = await libvirt.storagePoolLookupByName(poolName);
+/** Paths of the volumes, of any active pool, that have the path as their backing file. What came into a pool behind libvirt's back is known after its refresh. */
+export async function volumesBackedBy(libvirt: Libvirt, path: string): Promise<readonly string[]> {
   const backed: string[] = [];
-  for (const volume of await libvirt.storagePoolListAllVolumes(pool)) {
-    const xml = await goneAs(libvirt.storageVolGetXMLDesc(volume), "");
-    if (
-      xml.includes("<backingStore>") &&
-      mentions((parser.parse(xml) as { volume?: { backingStore?: unknown } }).volume?.backingStore, path)
-    )
-      backed.push(volume.name);
+  for (const pool of await libvirt.connectListAllStoragePools(LIST_STORAGE_POOLS.active)) {
+    for (const volume of await goneAs(libvirt.storagePoolListAllVolumes(pool), [])) {
+      const xml = await goneAs(libvirt.storageVolGetXMLDesc(volume), "");
+      if (
+        xml.includes("<backingStore>") &&
+        mentions((parser.parse(xml) as { volume?: { backingStore?: unknown } }).volume?.backingStore, path)
+      )
+        backed.push(volume.key);
+    }
   }
   return backed;
 }

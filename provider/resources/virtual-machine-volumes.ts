@@ -6,7 +6,6 @@ import type { ObservedDomain } from "../libvirt/domain.ts";
 import { element, renderXml } from "../libvirt/render.ts";
 import { child, text } from "../libvirt/tree.ts";
 import { parseXml } from "../image/xml.ts";
-import { volumesBackedBy } from "./usage.ts";
 import type { IsSnapshot, VolumePlan } from "./virtual-machine-spec.ts";
 
 /** More than any chain that QEMU runs on without pain. */
@@ -117,17 +116,6 @@ function volumeXml({ name, format, capacityBytes, template }: VolumePlan): strin
         : undefined,
     ),
   );
-}
-
-/** Names of the volumes of its pool that stand on this one; none when it is gone. */
-export async function volumesOn(libvirt: Libvirt, path: string): Promise<readonly string[]> {
-  try {
-    const pool = await libvirt.storagePoolLookupByVolume(await libvirt.storageVolLookupByPath(path));
-    return await volumesBackedBy(libvirt, pool.name, path);
-  } catch (error) {
-    if (isNotFound(error)) return [];
-    throw error;
-  }
 }
 
 /** Deletes a volume by its path; gone already is success. */

@@ -19,12 +19,13 @@ import {
 import type { Domain } from "../libvirt/procedures.ts";
 import { PatchError } from "../libvirt/xml-patch.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
+import { machinesReaching } from "./file-users.ts";
 import { assertHome, type Home, homeOf } from "./home.ts";
 import { parseArgs } from "./parse.ts";
 import { BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
 import { MACHINE_CHANGE_RULES, restartRefusal } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
-import { changing } from "./preflight/host-facts.ts";
+import { changing, factsOf } from "./preflight/host-facts.ts";
 import { declaredMachine, gatherMachine, isOfOtherState } from "./preflight/machine-facts.ts";
 import { MACHINE_RULES, otherStateRefusal } from "./preflight/machine-rules.ts";
 import { conclude, failuresOf, judgeTrouble, settingsOf, tell } from "./preflight/preflight.ts";
@@ -65,8 +66,8 @@ import {
   targetsOf,
   uuidOf,
 } from "./virtual-machine-spec.ts";
-import { domainsUsing } from "./usage.ts";
-import { deleteVolume, findSnapshots, makeVolume, sizesOf, volumesOn } from "./virtual-machine-volumes.ts";
+import { domainsUsing, volumesBackedBy } from "./usage.ts";
+import { deleteVolume, findSnapshots, makeVolume, sizesOf } from "./virtual-machine-volumes.ts";
 
 export interface MachineState extends Omit<MachineInputs, "powerState">, Home {
   /** As it was when virtlift last looked. */
@@ -644,14 +645,16 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
   const own = [...new Set([...state.ownVolumes, ...volumes])];
   if (!existing) await assertHome(host, state.name, state);
   for (const path of own) {
-    const [overlay] = await volumesOn(libvirt, path);
+    const [overlay] = await volumesBackedBy(libvirt, path);
     if (overlay !== undefined) {
       throw new Error(
         `${path} on ${host.label} is deleted with ${state.name}, and ${overlay} stands on it: nothing was changed; delete that one first`,
       );
     }
     // By hand it may have got into another machine, beside this one or in place of it.
-    const user = (await domainsUsing(libvirt, path)).find((name) => name !== existing?.defined.name);
+    const hasShell = (await factsOf(host).system()) !== undefined;
+    const users = [...(await domainsUsing(libvirt, path)), ...(hasShell ? await machinesReaching(host, path) : [])];
+    const user = users.find((name) => name !== existing?.defined.name);
     if (user !== undefined) {
       throw new Error(
         `${path} on ${host.label} is deleted with ${state.name}, and the machine ${user} uses it: nothing was changed; remove it there first`,

@@ -1,6 +1,6 @@
 /** VirtualMachine on a real QEMU without a guest system: what it is made of, what drifts, what is adopted, and that what fails leaves no trace. */
 import { existsSync } from "node:fs";
-import { readdir, rm, writeFile } from "node:fs/promises";
+import { mkdir, readdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
@@ -294,27 +294,36 @@ test("what a human does with virsh is found in the user's own words, and the nex
   expect(await readdir(libvirtd.poolPath)).not.toContain("drift-data.qcow2");
 });
 
-test("a machine whose disk is the base of another one's is not deleted, and an overlay knows its base", async ({ libvirtd, desk }) => {
+test("a machine whose disk is the base of another one's, in whatever pool, is not deleted, and an overlay knows its base", async ({
+  libvirtd,
+  desk,
+}) => {
   const template = await placeDisk(libvirtd, "template");
-  const declare = (name: string, path: string) => ({
+  const folder = join(libvirtd.directory, "other");
+  await mkdir(folder, { mode: 0o711 });
+  await libvirtd.virsh("pool-create-as", "other", "dir", "--target", folder);
+  const declare = (name: string, image: object) => ({
     origin: `acme/shop/prod/${name}`,
     host: libvirtd.uri,
     domainType: "qemu",
     powerState: "stopped",
-    image: { path, mode: "overlay" },
+    image: { mode: "overlay", ...image },
   });
-  const base = await desk.checked(declare("base", template));
+  const base = await desk.checked(declare("base", { path: template }));
+  const [basePath = ""] = base.diskPaths;
   const made = await virtualMachine.create(desk.context, base);
-  const top = await desk.checked(declare("top", base.diskPaths[0]!));
-  expect(top.image?.template).toEqual({ path: base.diskPaths[0], format: "qcow2" });
+  const top = await desk.checked(declare("top", { path: basePath, pool: "other" }));
+  expect(top.image?.template).toEqual({ path: basePath, format: "qcow2" });
   const overlay = await virtualMachine.create(desk.context, top);
-  await expect(virtualMachine.delete(desk.context, made.id, made.state)).rejects.toThrow(
-    "top-boot.qcow2 stands on it: nothing was changed",
-  );
+  const refusal = () => virtualMachine.delete(desk.context, made.id, made.state).catch((error: Error) => error.message);
+  expect(await refusal()).toContain(`${join(folder, "top-boot.qcow2")} stands on it: nothing was changed`);
+  await libvirtd.virsh("pool-destroy", "other");
+  expect(await refusal()).toContain("the machine top uses it: nothing was changed");
   expect(await libvirtd.virsh("list", "--all", "--name")).toContain("base");
+  await libvirtd.virsh("pool-create-as", "other", "dir", "--target", folder);
   await virtualMachine.delete(desk.context, overlay.id, overlay.state);
   await virtualMachine.delete(desk.context, made.id, made.state);
-  expect((await readdir(libvirtd.poolPath)).filter((name) => name.includes("-boot"))).toEqual([]);
+  expect([...(await readdir(libvirtd.poolPath)), ...(await readdir(folder))].filter((name) => name.includes("-boot"))).toEqual([]);
 });
 
 describe("patches", () => {
