@@ -100,7 +100,17 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
   }
 }
 
-function isFetchedByHost(source: Source): source is Extract<Source, { readonly url: string }> {
+/** Why a source that the host itself is to read cannot be had, where programs cannot write there; undefined where they can, or for any other source. */
+export function refusalWithoutPrograms(host: Host, { source }: DiskInputs, uploadReason: string | undefined): DiskError | undefined {
+  if (uploadReason === undefined || !(isOnHost(source) || isFetchedByHost(source))) return undefined;
+  const path = "url" in source ? shownUrl(source.url) : "hostPath" in source ? source.hostPath : source.volume;
+  const words = "url" in source ? `is to be fetched by ${host.label}` : `lies on ${host.label} and would be copied there by a program`;
+  const remedy = "url" in source ? 'let this machine fetch (`fetch: "client"`)' : "bring it here and name it as `file`";
+  return refusal(path, `${path} ${words}, but ${uploadReason}: ${remedy}`);
+}
+
+/** Whether the host itself is to read a URL. */
+export function isFetchedByHost(source: Source): source is Extract<Source, { readonly url: string }> {
   return "url" in source && source.fetch === "host";
 }
 

@@ -13,7 +13,15 @@ import { adoptOnHost, releaseOnHost } from "../transfer/adopt.ts";
 import { importOnHost } from "../transfer/on-host.ts";
 import { refreshPool } from "../transfer/volume.ts";
 import { configuredHost, daemonOf, openHost } from "./connect.ts";
-import { adoptedName, isAdopted, openDeclared, publicSource, sourceIdentity, type SourceSettings } from "./disk-source.ts";
+import {
+  adoptedName,
+  isAdopted,
+  openDeclared,
+  publicSource,
+  refusalWithoutPrograms,
+  sourceIdentity,
+  type SourceSettings,
+} from "./disk-source.ts";
 import { parseArgs } from "./parse.ts";
 import { lookAtPlace } from "./place.ts";
 import { machinesReaching } from "./file-users.ts";
@@ -243,6 +251,8 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     return { ...finished, mountPoint };
   }
   const startedMs = performance.now();
+  const refusal = refusalWithoutPrograms(host, inputs, uploadReason);
+  if (refusal) throw refusal;
   const { source, onHost } = await openDeclared(host, inputs, sourceSettings(context));
   await using _closed = source;
   const virtualSizeBytes = Math.max(inputs.capacity ?? 0, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
@@ -256,15 +266,10 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     verify: verified,
     stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: publicSource(from), virtualSizeBytes, verified, ...ends }),
     signal: context.signal,
+    throttle: context.throttle,
     upload: uploadReason === undefined ? undefined : { pool: pool.name, isBlock: pool.isBlock },
     onProgress: tellProgress(inputs.diskId, (line) => context.log("info", line)),
   };
-  if (onHost && uploadReason !== undefined) {
-    throw new DiskError(`${source.path} lies on ${host.label} and would be copied there by a program, but ${uploadReason}`, {
-      step: "source",
-      path: source.path,
-    });
-  }
   const result =
     onHost?.mode === "adopt"
       ? await adoptOnHost(host, { source, ...onHost }, options)

@@ -2,7 +2,7 @@
 import { posix } from "node:path";
 import { CommandError, ConnectionError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
-import { isUntouched, probe, type VolumeFile } from "../transfer/probe.ts";
+import { type FileSystem, isUntouched, probe, type VolumeFile } from "../transfer/probe.ts";
 import { lookAtVolume } from "../transfer/volume.ts";
 import { type ActivePool, activePool } from "./pool.ts";
 
@@ -24,6 +24,10 @@ export interface Place {
   readonly partBytes: number;
   /** Where the file system that holds the folder is mounted, as commands on the host see it. */
   readonly mountPoint?: string | undefined;
+  /** What that is, as commands on the host see it. */
+  readonly fileSystem?: FileSystem | undefined;
+  /** Whether the host has qemu-img; undefined where no commands can be run. */
+  readonly hasQemuImg?: boolean;
   /** What is there under the disk's name, unless it is that part. */
   readonly file: VolumeFile | undefined;
 }
@@ -42,13 +46,18 @@ export async function lookAtPlace(host: Host, disk: PlacedDisk): Promise<Place> 
     return lookByLibvirt(host, pool, disk, `no commands can be run on ${host.label} (${error.message})`);
   }
   const folder = posix.dirname(disk.path);
-  if (seen.missingTools.length > 0) return lookByLibvirt(host, pool, disk, `${host.label} lacks ${seen.missingTools.join(", ")}`);
-  if (seen.folder === "refused") return lookByLibvirt(host, pool, disk, `${seen.user} may not write to ${folder} on ${host.label}`);
+  const { freeBytes, partBytes, mountPoint, fileSystem, hasQemuImg, file } = seen;
+  const byLibvirt = async (reason: string): Promise<Place> => ({
+    ...(await lookByLibvirt(host, pool, disk, reason)),
+    fileSystem,
+    hasQemuImg,
+  });
+  if (seen.missingTools.length > 0) return byLibvirt(`${host.label} lacks ${seen.missingTools.join(", ")}`);
+  if (seen.folder === "refused") return byLibvirt(`${seen.user} may not write to ${folder} on ${host.label}`);
   if (seen.folder === "none" || (pool.type !== "dir" && !seen.isMountPoint)) {
     return lookByLibvirt(host, pool, disk, `commands on ${host.label} do not see the storage that libvirt has at ${folder}`);
   }
-  const { freeBytes, partBytes, mountPoint, file } = seen;
-  return { pool, uploadReason: undefined, freeBytes, partBytes, mountPoint, file };
+  return { pool, uploadReason: undefined, freeBytes, partBytes, mountPoint, fileSystem, hasQemuImg, file };
 }
 
 async function lookByLibvirt(host: Host, pool: ActivePool, disk: PlacedDisk, uploadReason: string): Promise<Place> {

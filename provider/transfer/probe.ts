@@ -14,9 +14,11 @@ const PROBE = `
 folder=$1 final=$2 id=$3 tools=$4
 echo 'shell yes'
 for tool in $tools; do command -v "$tool" >/dev/null 2>&1 || printf 'missing %s\\n' "$tool"; done
+command -v qemu-img >/dev/null 2>&1 && echo 'converter yes'
 if [ ! -d "$folder" ]; then echo 'folder none'; elif [ -w "$folder" ] && [ -x "$folder" ]; then echo 'folder writable'; else echo 'folder refused'; fi
 [ "$(stat -c %d -- "$folder" 2>/dev/null)" = "$(stat -c %d -- "$folder/.." 2>/dev/null)" ] || echo 'mount yes'
 printf 'under %s\\n' "$(stat -L -c %m -- "$folder" 2>/dev/null)"
+printf 'mounted %s\\n' "$(findmnt -n -r -o FSTYPE,OPTIONS -T "$folder" 2>/dev/null)"
 printf 'user %s\\n' "$(id -un)"
 printf 'free %s\\n' "$(df --output=avail -B1 -- "$folder" 2>/dev/null | tail -n 1)"
 if [ -e "$final" ] || [ -L "$final" ]; then
@@ -37,11 +39,15 @@ export interface Stamp {
 export interface Probe {
   /** Tools that the receiver needs and the host lacks. */
   readonly missingTools: readonly string[];
+  /** Whether the host has qemu-img, which reads a volume's content. */
+  readonly hasQemuImg: boolean;
   readonly folder: "none" | "writable" | "refused";
   /** Whether another file system begins at the folder. */
   readonly isMountPoint: boolean;
   /** Where the file system that holds the folder is mounted; undefined without the folder. Source: stat(1) %m. */
   readonly mountPoint: string | undefined;
+  /** What that is; undefined where the host has no findmnt. Source: findmnt(8). */
+  readonly fileSystem: FileSystem | undefined;
   /** Who writes there. */
   readonly user: string;
   /** Bytes that the user may still write; undefined when the host's df does not say. */
@@ -50,6 +56,14 @@ export interface Probe {
   readonly partBytes: number;
   /** The file at the final path, if there is one. */
   readonly file: VolumeFile | undefined;
+}
+
+/** A file system that is mounted. */
+export interface FileSystem {
+  /** As the kernel calls it: `ext4`, `vfat`. */
+  readonly type: string;
+  /** Whether it is mounted so that nobody may write. */
+  readonly isReadOnly: boolean;
 }
 
 export interface VolumeFile {
@@ -75,14 +89,22 @@ export async function probe(host: Host, finalPath: string, id: string): Promise<
   }
   return {
     missingTools: values("missing"),
+    hasQemuImg: value("converter") !== undefined,
     folder: value("folder") === "writable" ? "writable" : value("folder") === "refused" ? "refused" : "none",
     isMountPoint: value("mount") !== undefined,
     mountPoint: value("under") || undefined,
+    fileSystem: parseFileSystem(value("mounted")),
     user: value("user") ?? "?",
     freeBytes: Number.isNaN(free) ? undefined : free,
     partBytes: Number(value("part") ?? 0),
     file: await volumeFile(host, finalPath, value("file"), value("stamp")),
   };
+}
+
+/** A type and its comma-separated options. */
+function parseFileSystem(text: string | undefined): FileSystem | undefined {
+  const [type, options = ""] = (text ?? "").split(/ +/);
+  return type ? { type, isReadOnly: options.split(",").includes("ro") } : undefined;
 }
 
 async function volumeFile(

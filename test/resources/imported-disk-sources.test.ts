@@ -351,6 +351,8 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       });
       server.files.set("/locked", { bytes, answer: (_request, response) => response.writeHead(401).end("locked") });
       server.files.set("/disk.gz", { bytes: Buffer.from("1f8b0800000000000003030000000000000000", "hex") });
+      const vast = { "content-range": `bytes 0-262143/${2 ** 49}` };
+      server.files.set("/vast", { bytes, answer: (_request, response) => response.writeHead(206, vast).end(bytes.subarray(0, 262_144)) });
       const state = await caller.create({ source: { url: `${origin}/moved`, fetch: "host" } });
       expect(await guestHash(caller, state, caller.guest.length)).toBe(sha256(caller.guest));
       await importedDisk.delete(caller.context, state.diskId, state);
@@ -361,6 +363,8 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         [{ url: `${origin}/file` }, /cannot fetch .*: curl: \(1\)/],
         [{ url: `${origin}/disk.gz` }, /is wrapped in gzip, which is only taken apart on this machine/],
         [{ url: `http://${ownAddress()}:9/x` }, /cannot fetch .*: curl: \(7\)/],
+        // What is fetched lies beside the volume that is made of it.
+        [{ url: `${origin}/vast` }, /^pool: .* free and the disk takes up to 512 TiB: make room/],
       ];
       for (const [source, reason] of refusals) expect(await caller.reason({ source: { ...source, fetch: "host" } })).toMatch(reason);
       expect(await readdir(kvm.poolPath)).toEqual([]);

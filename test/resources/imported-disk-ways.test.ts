@@ -106,6 +106,9 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
       expect(await bed.virsh("vol-dumpxml", "--pool", "default", state.volumeName)).toMatch(/<format type='qcow2'\/>/);
       expect(sha256(await guestByQemu(state.path, "qcow2", caller.path("back.raw")))).toBe(sha256(caller.guest));
       expect(await readdir(bed.poolPath)).toEqual([state.volumeName]);
+      expect((await caller.check("copy", { source: { volume: state.volumeName } })).failures).toMatchObject([
+        { property: "source", reason: expect.stringMatching(/and would be copied there by a program, but .*: bring it here/) },
+      ]);
 
       expect(await importedDisk.read(caller.context, state.diskId, state)).toMatchObject({ id: state.diskId, state });
       expect(
@@ -164,9 +167,31 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
     try {
       const state = await caller.create("tools");
       expect(caller.wayTold()).toMatch(/since root@\S+ lacks flock;/);
+      for (const [source, reason] of [
+        [{ hostPath: state.path }, /lies on root@\S+ and would be copied there by a program, but root@\S+ lacks flock: bring it here/],
+        [{ volume: state.volumeName }, /lies on root@\S+ and would be copied there by a program/],
+        [{ url: "http://127.0.0.1/disk", fetch: "host" }, /is to be fetched by root@\S+, but root@\S+ lacks flock: let this machine fetch/],
+      ] as const) {
+        const { inputs, failures } = await caller.check("on-host", { source });
+        expect(failures).toMatchObject([{ property: "source", reason: expect.stringMatching(reason) }]);
+        await expect(importedDisk.create(caller.context, inputs)).rejects.toThrow(reason);
+      }
       await importedDisk.delete(caller.context, state.diskId, state);
     } finally {
       await kvm.run("umount", "/usr/bin/flock");
+    }
+  });
+
+  it("but not to have its content read by a qemu-img that is not there", async () => {
+    await using caller = await openCaller(loginTo(kvm, "root"));
+    await kvm.run("mount", "--bind", "/dev/null", "/usr/bin/qemu-img");
+    try {
+      const { failures } = await caller.check("web", { verify: "content" });
+      expect(failures).toMatchObject([
+        { property: "verify", reason: expect.stringMatching(/read by qemu-img, which root@\S+ lacks: install qemu-utils there/) },
+      ]);
+    } finally {
+      await kvm.run("umount", "/usr/bin/qemu-img");
     }
   });
 

@@ -3,7 +3,7 @@ import { posix } from "node:path";
 import { DiskError } from "../../errors.ts";
 import type { Host } from "../../host/hosts.ts";
 import { daemonOf } from "../connect.ts";
-import { isAdopted, previewDeclared, type SourceSettings } from "../disk-source.ts";
+import { isAdopted, isFetchedByHost, previewDeclared, refusalWithoutPrograms, type SourceSettings } from "../disk-source.ts";
 import type { DiskInputs } from "../imported-disk.ts";
 import type { Place } from "../place.ts";
 import { nextPartition } from "../pool.ts";
@@ -43,11 +43,16 @@ export async function gatherDisk(
 ): Promise<DiskFacts> {
   const facts = factsOf(host);
   const siblings = deployment.otherDisks({ origin: inputs.origin, daemon: daemonOf(inputs.host) });
+  const placing = facts.place(inputs);
+  const sourcing = async (): Promise<SourceFacts | DiskError> => {
+    const refusal = refusalWithoutPrograms(host, inputs, (await placing).uploadReason);
+    return refusal ?? previewDeclared(host, inputs, settings);
+  };
   const [nature, place, machines, source, pending] = await Promise.all([
     facts.nature(),
-    facts.place(inputs),
+    placing,
     facts.machines(),
-    previewDeclared(host, inputs, settings),
+    sourcing(),
     pendingDisks(facts, inputs, siblings),
   ]);
   const isNew = place.file === undefined && place.partBytes === 0;
@@ -95,8 +100,10 @@ function volumeBytes(facts: Pick<DiskFacts, "inputs" | "source" | "place">): num
 
 /** At most what the pool must have room for while the disk is imported; 0 when the source tells nothing. */
 export function neededBytes(facts: Pick<DiskFacts, "inputs" | "source" | "place">): number {
-  // The content is read out beside the volume.
-  return volumeBytes(facts) * (facts.inputs.verify === "content" ? 2 : 1);
+  const { inputs, source } = facts;
+  // What the host fetches lies beside the volume until that is published, and so does its content while it is read out.
+  const fetchedBytes = isFetchedByHost(inputs.source) && !(source instanceof DiskError) ? source.fileBytes : 0;
+  return volumeBytes(facts) * (inputs.verify === "content" ? 2 : 1) + fetchedBytes;
 }
 
 /** At most what is sent for it: what is compressed in the source stays so where the layout is. */

@@ -10,6 +10,9 @@ import type { SourceFacts } from "./source-facts.ts";
 /** Since libvirt 6.7.0 a sparse stream may end in a device. Source: libvirt's NEWS. */
 const SPARSE_DEVICES_VERSION = 6_007_000;
 
+/** File systems without hard links, which are what a volume is published by. Source: Linux, fs/fat and fs/exfat have no `link`. */
+const WITHOUT_LINKS: ReadonlySet<string> = new Set(["vfat", "msdos", "exfat"]);
+
 /** A rule about a source that could be read. */
 const ofSource =
   (test: (source: SourceFacts, facts: DiskFacts) => readonly Finding[]): Rule<DiskFacts>["test"] =>
@@ -150,19 +153,39 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     },
   },
   {
+    id: "virtlift/pool-file-system",
+    level: "block",
+    summary: "The pool's folder lies on a file system that takes no volume: it is mounted read-only, or has no hard links (vfat, exFAT).",
+    remedy: "Mount it for writing, or choose a pool on another file system.",
+    test: ({ inputs, host, place: { fileSystem, uploadReason } }) => {
+      const folder = `${inputs.path.slice(0, inputs.path.lastIndexOf("/"))} on ${host.label}`;
+      if (fileSystem?.isReadOnly === true)
+        return [{ property: "pool", sentence: `${folder} is mounted read-only: mount it for writing, or choose another pool` }];
+      // libvirt's upload stream writes the volume under its own name.
+      if (fileSystem === undefined || uploadReason !== undefined || !WITHOUT_LINKS.has(fileSystem.type)) return [];
+      const words = "which has no hard links, and a disk is published by one, so that it can overwrite nothing";
+      return [{ property: "pool", sentence: `${folder} is a ${fileSystem.type}, ${words}: choose a pool on another file system` }];
+    },
+  },
+  {
     id: "virtlift/verify-without-shell",
     level: "block",
-    summary: "The content is to be verified by a program on the host, and none may run there.",
-    remedy: "Leave out `verify`: what goes through libvirt is read back in any case.",
-    test: ({ inputs, host, place }) =>
-      inputs.verify === "content" && place.uploadReason !== undefined
-        ? [
-            {
-              property: "verify",
-              sentence: `the content is read by a program on ${host.label}, and none may run, since ${place.uploadReason}: leave out \`verify\`; all is read back through libvirt anyway`,
-            },
-          ]
-        : [],
+    summary: "The content is to be verified by the host's own qemu-img, which it lacks, or no program may run there.",
+    remedy: "Install qemu-utils on the host, or leave out `verify`: what goes through libvirt is read back in any case.",
+    test: ({ inputs, host, place }) => {
+      if (inputs.verify !== "content") return [];
+      if (place.uploadReason !== undefined) {
+        const sentence = `the content is read by a program on ${host.label}, and none may run, since ${place.uploadReason}: leave out \`verify\`; all is read back through libvirt anyway`;
+        return [{ property: "verify", sentence }];
+      }
+      if (place.hasQemuImg !== false) return [];
+      return [
+        {
+          property: "verify",
+          sentence: `the content is read by qemu-img, which ${host.label} lacks: install qemu-utils there, or leave out \`verify\``,
+        },
+      ];
+    },
   },
   {
     id: "virtlift/raw-compressed",

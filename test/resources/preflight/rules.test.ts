@@ -46,10 +46,7 @@ const MACHINE = {
     secureBoot: true,
     maxVcpus: 288,
     cpuModes: ["host-passthrough", "custom"],
-    cpuModels: new Map([
-      ["Skylake-Server", false],
-      ["Westmere", true],
-    ]),
+    cpuModels: new Set(["Skylake-Server", "Westmere"]),
     diskBuses: ["sata", "virtio", "scsi"],
     tpm: true,
   },
@@ -99,10 +96,9 @@ describe("a machine", () => {
     "of a chipset that the host lacks": [{ ...MACHINE, offer: "unsupported" }, ["virtlift/machine-type"]],
     "where libvirt cannot tell": [{ ...inputs({ firmware: "uefi", tpm: true }), offer: undefined }, []],
     "on a bus that QEMU lacks": [inputs({ bus: "ide" }), ["virtlift/disk-bus"]],
-    "with a CPU that the processor is not": [inputs({ cpu: { mode: "custom", model: "Skylake-Server" } }), ["virtlift/cpu-unusable"]],
-    "with such a CPU, but emulated": [
-      inputs({ domainType: "qemu", declared: ["domainType"], cpu: { mode: "custom", model: "Skylake-Server" } }),
-      [],
+    "with a CPU that the processor is not": [
+      { ...inputs({ cpu: { mode: "custom", model: "Skylake-Server" } }), cpuGap: "mpx" },
+      ["virtlift/cpu-unusable"],
     ],
     "with more vCPUs than processors": [inputs({ vcpus: 17 }), ["virtlift/vcpus-beyond-host"]],
     "beside others that want the memory too": [
@@ -195,7 +191,7 @@ describe("a disk", () => {
     packed: packed(),
   };
   const DISK = {
-    inputs: { format: "qcow2", layout: "sparse", path: "/pool/a.qcow2", volumeName: "a.qcow2" },
+    inputs: { format: "qcow2", layout: "sparse", path: "/pool/a.qcow2", volumeName: "a.qcow2", source: { ova: "a.ova" } },
     host: MACHINE.host,
     place: {
       pool: { name: "default", type: "dir", isBlock: false, path: "/pool" },
@@ -211,9 +207,16 @@ describe("a disk", () => {
     pending: [],
   } as unknown as DiskFacts;
   const source = (more: object) => ({ ...DISK, source: { ...SOURCE, ...more } });
+  const place = (more: object) => ({ ...DISK, place: { ...DISK.place, ...more } });
 
   const CASES: Readonly<Record<string, readonly [object, readonly string[]]>> = {
     "that is all right": [DISK, []],
+    "in a folder without hard links": [place({ fileSystem: { type: "exfat", isReadOnly: false } }), ["virtlift/pool-file-system"]],
+    "in such a folder, written by libvirt": [
+      place({ fileSystem: { type: "vfat", isReadOnly: false }, uploadReason: "root may not write there" }),
+      ["virtlift/upload-stream"],
+    ],
+    "in a folder as most are": [place({ fileSystem: { type: "ext4", isReadOnly: false } }), []],
     "partitioned for other sectors": [source({ partitions: { ...PARTITIONS, sectorBytes: 4096 } }), ["virtlift/sector-size"]],
     "that is empty": [source({ dataBytes: 0 }), ["virtlift/empty-image"]],
     "of another size than its package says": [source({ virtualSizeBytes: 2048 }), ["virtlift/size-differs"]],

@@ -13,6 +13,7 @@ import { describeMachine } from "../../../provider/resources/machine-description
 import { MACHINE_RULES } from "../../../provider/resources/preflight/machine-rules.ts";
 import { judge } from "../../../provider/resources/preflight/rule.ts";
 import { RULES } from "../../../provider/resources/preflight/rules.ts";
+import { runCommand } from "../../../scripts/setup/command.ts";
 import { type Libvirtd, openLibvirtd } from "../../bed/libvirtd.ts";
 import { openDiskPool, openFsPool } from "../../bed/pools.ts";
 import { guestOf, qemuImg, writeRaw } from "../../image/qemu.ts";
@@ -367,24 +368,36 @@ describe("a disk", () => {
     },
   );
 
-  test("two disks that fit one by one, but not together, are refused before either is copied", shows("virtlift/no-room"), async () => {
-    await using narrow = await openLibvirtd({ poolMiB: 30 });
-    await using desk = openDesk(narrow.uri);
-    const file = await writeRaw(join(narrow.directory, "noise.raw"), content);
-    const first = await desk.checkDisk("first", { source: { file } });
-    expect(first.failures).toEqual([]);
-    // A replacement is checked twice, and does not count itself.
-    expect((await desk.checkDisk("first", { source: { file } })).failures).toEqual([]);
-    const second = await desk.checkDisk("second", { source: { file } });
-    expect(rulesOf(second.failures)).toEqual(["virtlift/no-room"]);
-    expect(second.failures[0]?.reason).toMatch(/takes up to 20.0 MiB beside 20.0 MiB of 1 other disk of this deployment/);
-    await using bold = openDesk(narrow.uri);
-    const all = await Promise.all(
-      ["first", "second"].map((name) => bold.checkDisk(name, { source: { file }, ...waive("virtlift/no-room") })),
-    );
-    await bold.createDisk(all[0]!.inputs);
-    await expect(bold.createDisk(all[1]!.inputs)).rejects.toThrow(/No space left on device|full/);
-  });
+  const where = ["virtlift/no-room", "virtlift/pool-file-system"] as const;
+  test(
+    "two disks that fit one by one, but not together, are refused before either is copied, and any where none may write",
+    shows(...where),
+    async () => {
+      await using narrow = await openLibvirtd({ poolMiB: 30 });
+      await using desk = openDesk(narrow.uri);
+      const file = await writeRaw(join(narrow.directory, "noise.raw"), content);
+      const first = await desk.checkDisk("first", { source: { file } });
+      expect(first.failures).toEqual([]);
+      // A replacement is checked twice, and does not count itself.
+      expect((await desk.checkDisk("first", { source: { file } })).failures).toEqual([]);
+      const second = await desk.checkDisk("second", { source: { file } });
+      expect(rulesOf(second.failures)).toEqual(["virtlift/no-room"]);
+      expect(second.failures[0]?.reason).toMatch(/takes up to 20.0 MiB beside 20.0 MiB of 1 other disk of this deployment/);
+      await using bold = openDesk(narrow.uri);
+      const all = await Promise.all(
+        ["first", "second"].map((name) => bold.checkDisk(name, { source: { file }, ...waive("virtlift/no-room") })),
+      );
+      await bold.createDisk(all[0]!.inputs);
+      await expect(bold.createDisk(all[1]!.inputs)).rejects.toThrow(/No space left on device|full/);
+
+      await runCommand(["mount", "-o", "remount,ro", narrow.poolPath]);
+      await using later = openDesk(narrow.uri);
+      const third = await later.checkDisk("third", { source: { file }, ...waive("virtlift/no-room") });
+      expect(rulesOf(third.failures)).toEqual(["virtlift/pool-file-system"]);
+      const waived = await later.checkDisk("third", { source: { file }, ...waive(...where) });
+      await expect(later.createDisk(waived.inputs)).rejects.toThrow(/Read-only file system/);
+    },
+  );
 
   test("a copy that is under way counts with what is missing of it only", async () => {
     await using narrow = await openLibvirtd({ poolMiB: 50 });
