@@ -260,7 +260,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         "--backing-vol-format",
         "qcow2",
       );
-      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is in use by \S+/overlay.qcow2/);
+      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is in use by \S+overlay.qcow2/);
       await libvirtd.virsh("vol-delete", "--pool", "default", "overlay.qcow2");
       await importedDisk.delete(caller.context, state.diskId, state);
     });
