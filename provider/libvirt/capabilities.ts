@@ -46,8 +46,8 @@ export interface MachineOffer {
   readonly maxVcpus: number | undefined;
   /** The CPU modes: `host-passthrough`, `host-model`, `maximum`, `custom`. */
   readonly cpuModes: readonly string[];
-  /** Every named CPU model, and whether this host can run it. */
-  readonly cpuModels: ReadonlyMap<string, boolean>;
+  /** Every named CPU model, those that this host lacks features of among them. */
+  readonly cpuModels: ReadonlySet<string>;
   readonly diskBuses: readonly string[];
   /** Whether a TPM can be emulated: swtpm is installed. */
   readonly tpm: boolean;
@@ -68,7 +68,7 @@ export function parseOffer(domainCapabilities: string): MachineOffer {
     secureBoot: uefi && values(os && all(os, "loader")[0], "secure").includes("yes"),
     maxVcpus: Number(vcpu?.attributes.get("max")) || undefined,
     cpuModes: modes.filter(isSupported).map(({ attributes }) => attributes.get("name") ?? ""),
-    cpuModels: new Map((custom ? all(custom, "model") : []).map(({ text, attributes }) => [text, attributes.get("usable") !== "no"])),
+    cpuModels: new Set((custom ? all(custom, "model") : []).map(({ text }) => text)),
     diskBuses: values(device("disk"), "bus"),
     tpm: isSupported(device("tpm")) && values(device("tpm"), "backendModel").includes("emulator"),
   };

@@ -169,6 +169,23 @@ export class Libvirt implements AsyncDisposable {
     return this.#call("ConnectGetDomainCapabilities", emulatorbin, arch, machine, virttype, flags);
   }
 
+  /** virCPUCompareResult: whether the host's processor is the CPU of the XML: 0 no, 1 exactly, 2 with more. */
+  connectCompareCPU(xmlDesc: string, flags = 0): Promise<number> {
+    return this.#call("ConnectCompareCPU", xmlDesc, flags);
+  }
+
+  /** virCPUCompareResult: whether machines of that kind can have the CPU of the XML on this host: 0 no, 1 exactly, 2 with more. What is left out is the host's default. */
+  connectCompareHypervisorCPU(
+    emulator: string | undefined,
+    arch: string | undefined,
+    machine: string | undefined,
+    virttype: string | undefined,
+    xmlCPU: string,
+    flags = 0,
+  ): Promise<number> {
+    return this.#call("ConnectCompareHypervisorCPU", emulator, arch, machine, virttype, xmlCPU, flags);
+  }
+
   /** XML. */
   connectGetStoragePoolCapabilities(flags = 0): Promise<string> {
     return this.#call("ConnectGetStoragePoolCapabilities", flags);

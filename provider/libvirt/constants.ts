@@ -18,11 +18,15 @@ export const LIBVIRT_ERROR = {
   agentUnresponsive: 86,
   accessDenied: 88,
   storageVolExist: 90,
+  cpuIncompatible: 91,
   deviceMissing: 99,
 } as const;
 
 /** virDomainState. */
 export const DOMAIN_STATE = { none: 0, running: 1, blocked: 2, paused: 3, shutdown: 4, shutoff: 5, crashed: 6, pmSuspended: 7 } as const;
+
+/** virConnectCompareCPUFlags: what is missing is said as an error, by its name. */
+export const COMPARE_CPU = { failIncompatible: 1 } as const;
 
 /** virDomainXMLFlags. */
 export const DOMAIN_XML = { secure: 1, inactive: 2, updateCpu: 4, migratable: 8 } as const;

@@ -204,7 +204,7 @@ export function renderDomain(spec: DomainSpec, placement?: Placement): string {
     osElement(spec, placement),
     spec.smbios && sysinfoElement(spec.smbios),
     featuresElement(spec),
-    cpuElement(spec),
+    (spec.cpu ?? spec.topology) && cpuElement(spec),
     clockElement(spec),
     element("on_poweroff", {}, "destroy"),
     element("on_reboot", {}, "restart"),
@@ -222,6 +222,11 @@ export function renderDisk(disk: DiskSpec): string {
 /** An interface by itself, as calls that attach, detach and update take it. */
 export function renderInterface(each: InterfaceSpec): string {
   return renderXml(interfaceElement(each));
+}
+
+/** A CPU by itself, as `connectCompareHypervisorCPU` takes it. */
+export function renderCpu(cpu: ObservedCpu): string {
+  return renderXml(cpuElement({ cpu, topology: undefined }));
 }
 
 /** Our metadata as `domainSetMetadata` takes it: libvirt adds the namespace and the prefix itself. */
@@ -306,8 +311,7 @@ function featuresElement({ secureBoot, hasHyperv }: DomainSpec): Element {
   return element("features", {}, element("acpi"), element("apic"), hasHyperv ? hyperv : undefined, secureBoot ? on("smm") : undefined);
 }
 
-function cpuElement({ cpu, topology }: DomainSpec): Element | undefined {
-  if (cpu === undefined && topology === undefined) return undefined;
+function cpuElement({ cpu, topology }: Pick<DomainSpec, "cpu" | "topology">): Element {
   return element(
     "cpu",
     {

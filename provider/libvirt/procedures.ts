@@ -415,6 +415,8 @@ const ROWS = {
   ConnectGetUri: remote(110, [], string),
   ConnectGetCapabilities: remote(7, [], string),
   ConnectGetDomainCapabilities: remote(342, [optionalString, optionalString, optionalString, optionalString, uint32], string),
+  ConnectCompareCPU: remote(158, [string, uint32], int32),
+  ConnectCompareHypervisorCPU: remote(393, [optionalString, optionalString, optionalString, optionalString, string, uint32], int32),
   ConnectGetStoragePoolCapabilities: remote(403, [uint32], string),
   NodeGetInfo: remote(6, [], nodeInfo),
   NodeGetFreeMemory: remote(102, [], unsignedHyper),

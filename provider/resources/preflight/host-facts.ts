@@ -15,8 +15,8 @@ import {
   parseSecurity,
 } from "../../libvirt/capabilities.ts";
 import type { Libvirt } from "../../libvirt/client.ts";
-import { DOMAIN_XML, LIBVIRT_ERROR } from "../../libvirt/constants.ts";
-import { type ObservedDomain, parseDomain } from "../../libvirt/domain.ts";
+import { COMPARE_CPU, DOMAIN_XML, LIBVIRT_ERROR } from "../../libvirt/constants.ts";
+import { type ObservedCpu, type ObservedDomain, parseDomain, renderCpu } from "../../libvirt/domain.ts";
 import type { Domain } from "../../libvirt/procedures.ts";
 import { WORK_FOLDER } from "../../transfer/part-file.ts";
 import { lookAtPlace, type Place, type PlacedDisk } from "../place.ts";
@@ -153,6 +153,24 @@ export class HostFacts {
     });
   }
 
+  /**
+   * Features of a CPU that neither the host's processor has nor its hypervisor makes up for, which keep a machine of that kind from its start; empty also
+   * where libvirt cannot tell. `usable="no"` of the domain capabilities says less: such models start too, without what they lack. Source:
+   * qemuProcessUpdateGuestCPU in qemu_process.c, and VIR_QEMU_CAPS_HOST_CPU_FULL.
+   */
+  cpuGaps(machine: string, domainType: string, cpu: ObservedCpu): Promise<readonly string[]> {
+    const xml = renderCpu(cpu);
+    return this.#keep(`cpu ${machine} ${domainType} ${xml}`, async () => {
+      const libvirt = await this.#host.libvirt();
+      const flags = COMPARE_CPU.failIncompatible;
+      const [ofProcessor, ofHypervisor] = await Promise.all([
+        missingFeatures(libvirt.connectCompareCPU(xml, flags)),
+        missingFeatures(libvirt.connectCompareHypervisorCPU(undefined, "x86_64", machine, domainType, xml, flags)),
+      ]);
+      return ofProcessor.filter((feature) => ofHypervisor.includes(feature));
+    });
+  }
+
   /** undefined where the host gives no shell. */
   system(): Promise<HostSystem | undefined> {
     return this.#keep("system", async () => {
@@ -278,6 +296,18 @@ export class HostFacts {
       if (error instanceof CommandError || (error instanceof ConnectionError && error.phase === "login")) return undefined;
       throw error;
     }
+  }
+}
+
+/** What a comparison of CPUs says is missing. libvirt names the features in its message only; an error of another kind says nothing about them. */
+async function missingFeatures(comparison: Promise<unknown>): Promise<readonly string[]> {
+  try {
+    await comparison;
+    return [];
+  } catch (error) {
+    if (!(error instanceof LibvirtError)) throw error;
+    if (error.code !== LIBVIRT_ERROR.cpuIncompatible) return [];
+    return /required features: ([\w.+-]+(?:, [\w.+-]+)*)/.exec(error.message)?.[1]?.split(", ") ?? [];
   }
 }
 

@@ -18,6 +18,8 @@ export interface MachineFacts {
   readonly system: HostSystem | undefined;
   /** What the host offers to machines of this type; undefined where libvirt cannot tell. */
   readonly offer: MachineOffer | "unsupported" | undefined;
+  /** Features of the CPU model that the host lacks; none for an emulated machine, which goes without. */
+  readonly cpuGaps: readonly string[];
   readonly networks: readonly HostNetwork[];
   /** The machine itself, where this deployment's state does not know it and another one's does. */
   readonly ofOtherState: HostMachine | undefined;
@@ -54,10 +56,11 @@ export async function gatherMachine(
   const facts = factsOf(host);
   const daemon = daemonOf(inputs.host);
   const isOwn = ({ uuid, metadata }: HostMachine): boolean => uuid === ownUuid || metadata?.origin === inputs.origin;
-  const [nature, system, offer, networks, machines, folders] = await Promise.all([
+  const [nature, system, offer, cpuGaps, networks, machines, folders] = await Promise.all([
     facts.nature(),
     facts.system(),
     facts.offer(inputs.machine, inputs.domainType),
+    inputs.domainType === "kvm" && inputs.cpu?.model !== undefined ? facts.cpuGaps(inputs.machine, "kvm", inputs.cpu) : [],
     facts.networks(),
     facts.machines(),
     Promise.all(
@@ -71,6 +74,7 @@ export async function gatherMachine(
     host: nature,
     system,
     offer,
+    cpuGaps,
     networks,
     ofOtherState:
       ownUuid === undefined

@@ -272,11 +272,10 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     level: "block",
     summary:
       "The host's processor lacks features of the CPU model, and KVM cannot make up for them. An emulated machine just goes without.",
-    remedy: 'Take an older model, or the mode "host-model".',
-    test: (facts) => {
-      const model = facts.inputs.cpu?.model;
-      if (model === undefined || facts.inputs.domainType !== "kvm" || offered(facts)?.cpuModels.get(model) !== false) return [];
-      const sentence = `the processor of ${facts.host.label} lacks features of ${model}: take an older model, or the mode "host-model"`;
+    remedy: 'Take an older model, the mode "host-model", or switch the features off in `cpu.features`.',
+    test: ({ inputs: { cpu }, host, cpuGaps }) => {
+      if (cpu?.model === undefined || cpuGaps.length === 0) return [];
+      const sentence = `the processor of ${host.label} has not all of ${cpu.model} (it lacks ${cpuGaps.join(", ")}): take an older model, the mode "host-model", or switch them off in \`cpu.features\``;
       return [{ property: "cpu.model", sentence }];
     },
   },

@@ -50,6 +50,7 @@ const MACHINE = {
     diskBuses: ["sata", "virtio", "scsi"],
     tpm: true,
   },
+  cpuGaps: [],
   networks: [],
   neighbours: [],
   takenVolumes: new Set(),
@@ -97,7 +98,7 @@ describe("a machine", () => {
     "where libvirt cannot tell": [{ ...inputs({ firmware: "uefi", tpm: true }), offer: undefined }, []],
     "on a bus that QEMU lacks": [inputs({ bus: "ide" }), ["virtlift/disk-bus"]],
     "with a CPU that the processor is not": [
-      { ...inputs({ cpu: { mode: "custom", model: "Skylake-Server" } }), cpuGap: "mpx" },
+      { ...inputs({ cpu: { mode: "custom", model: "Skylake-Server" } }), cpuGaps: ["mpx"] },
       ["virtlift/cpu-unusable"],
     ],
     "with more vCPUs than processors": [inputs({ vcpus: 17 }), ["virtlift/vcpus-beyond-host"]],

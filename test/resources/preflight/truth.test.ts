@@ -11,6 +11,7 @@ import { deploymentOf } from "../../../provider/resources/preflight/deployment.t
 import { gatherMachine } from "../../../provider/resources/preflight/machine-facts.ts";
 import { describeMachine } from "../../../provider/resources/machine-description.ts";
 import { MACHINE_RULES } from "../../../provider/resources/preflight/machine-rules.ts";
+import type { CheckFailure } from "../../../provider/resources/resource.ts";
 import { judge } from "../../../provider/resources/preflight/rule.ts";
 import { RULES } from "../../../provider/resources/preflight/rules.ts";
 import { runCommand } from "../../../scripts/setup/command.ts";
@@ -59,7 +60,6 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
   "virtlift/libvirt-too-old": "no libvirt older than what it asks for is to be had beside the machine's own",
   "virtlift/device-libvirt": "no libvirt older than what it asks for is to be had beside the machine's own",
   "virtlift/guest-driver": "no Windows is to be had",
-  "virtlift/cpu-unusable": "the tests' hosts have no KVM",
 };
 
 const shown = new Set<string>();
@@ -254,6 +254,45 @@ describe("a machine", () => {
       }
     },
   );
+
+  test("a CPU is refused where KVM would not start it, and only there", shows("virtlift/cpu-unusable"), async ({ libvirtd, skip }) => {
+    skip(!existsSync("/dev/kvm"), "this machine has no KVM");
+    await using fast = await openLibvirtd();
+    // What libvirt found out with KVM is not for the other daemons of the tests.
+    await fast.run("mount", "-t", "tmpfs", "none", "/var/cache/libvirt");
+    await fast.run("mknod", "-m", "666", "/dev/kvm", "c", "10", "232");
+    await fast.killDaemon();
+    const path = join(fast.poolPath, "own.qcow2");
+    await copyFile(join(libvirtd.poolPath, "own.qcow2"), path);
+    const offered = await fast.virsh("domcapabilities", "--machine", "q35", "--virttype", "kvm").catch(() => "");
+    skip(offered === "", "the KVM of this machine cannot be used");
+    await using desk = openDesk(fast.uri);
+    const declared = (model: string, features: object = {}) => ({
+      importedDisk: { diskId: "own", path },
+      memoryMiB: 64,
+      domainType: "kvm",
+      cpu: { mode: "custom", model, features },
+      serialLog: join(fast.directory, "mine.log"),
+    });
+    const start = async (args: object): Promise<string> => {
+      const { inputs } = await desk.checkMachine("mine", args);
+      const outcome = await desk.createMachine(inputs).then(() => "made", String);
+      await fast.virsh("destroy", "mine").catch(() => undefined);
+      return outcome;
+    };
+    const models = [...offered.matchAll(/<model usable='(?:yes|no)'[^>]*>([^<]+)</g)].map(([, model]) => model!);
+    const fits = new Map<string, readonly CheckFailure[]>();
+    for (const model of models) fits.set(model, (await desk.checkMachine("mine", declared(model))).failures);
+    const [unfit = "", refused = []] = [...fits].find(([, failures]) => failures.length > 0) ?? [];
+    const [fit = ""] = [...fits].find(([, failures]) => failures.length === 0) ?? [];
+    expect(rulesOf(refused)).toEqual(["virtlift/cpu-unusable"]);
+    expect(await start({ ...declared(unfit), ...waive("virtlift/cpu-unusable") })).toMatch(/does not provide required features/);
+    expect(await start(declared(fit))).toBe("made");
+    const gaps = /\(it lacks ([^)]+)\)/.exec(refused[0]!.reason)?.[1]?.split(", ") ?? [];
+    const without = declared(unfit, Object.fromEntries(gaps.map((feature) => [feature, "disable"])));
+    expect((await desk.checkMachine("mine", without)).failures).toEqual([]);
+    expect(await start(without)).toBe("made");
+  });
 
   test(
     "a bus that QEMU has not is refused where no combination refuses it before",
