@@ -103,6 +103,8 @@ export async function openBatch(manifestPath: string, options: BatchOptions = {}
         ...environment,
         ...passphraseOf(manifest, environment),
         NODE_PATH: modules,
+        // Half of what starting a provider takes is compiling @pulumi/pulumi.
+        NODE_COMPILE_CACHE: environment["NODE_COMPILE_CACHE"] ?? folder.compiled,
         ...(shared && { VIRTLIFT_BANDWIDTH: shared.setting }),
       },
     }),

@@ -13,6 +13,8 @@ export interface StateFolder {
   readonly lock: string;
   /** Where the packages are found that stacks need: to be on NODE_PATH. */
   readonly modules: string;
+  /** What Node keeps of the packages that it compiled. */
+  readonly compiled: string;
   /** Saved plans, one file a machine. */
   readonly plans: string;
   /** The folder of one stack. */
@@ -28,6 +30,7 @@ export async function openStateFolder(manifestFolder: string): Promise<StateFold
     journal: join(path, "journal.ndjson"),
     lock: join(path, "lock"),
     modules: join(path, "node_modules"),
+    compiled: join(path, "compiled"),
     plans: join(path, "plans"),
     stack: (name) => join(path, "stacks", name),
   };

@@ -218,9 +218,7 @@ function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolea
         stdout.write(`${level.padEnd(5)}  ${machine.name}: ${printable(text)}\n`);
   const wireBytes = machines.reduce((sum, each) => sum + each.wireBytes, 0);
   const copies =
-    wireBytes === 0
-      ? "nothing is to be copied"
-      : `about ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s`;
+    wireBytes === 0 ? "nothing is to be copied" : `about ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s`;
   stdout.write(`${isClear ? "all machines may start" : "not all machines may start"}; ${copies}\n`);
 }
 

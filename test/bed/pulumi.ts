@@ -4,6 +4,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { mkdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { PulumiCommand } from "@pulumi/pulumi/automation/index.js";
+import { cachePath } from "../../scripts/setup/cache.ts";
 import { findPulumi } from "../../scripts/setup/pulumi.ts";
 import { openDirectory } from "./directory.ts";
 
@@ -72,6 +73,8 @@ export async function openPulumi(): Promise<Pulumi> {
     PULUMI_CONFIG_PASSPHRASE: "a passphrase for tests",
     PULUMI_SKIP_UPDATE_CHECK: "true",
     PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION: "true",
+    // Half of what starting a program or a provider takes is compiling @pulumi/pulumi.
+    NODE_COMPILE_CACHE: cachePath("compiled"),
     LC_ALL: "C.UTF-8",
   };
   stack.defer(() => killByEnvironment(`PULUMI_HOME=${home}`));
