@@ -30,7 +30,10 @@ export interface ImportedDiskState extends Omit<z.output<typeof ImportedDiskSche
   readonly virtualSizeBytes: number;
   /** What the volume occupies on the host. */
   readonly allocatedBytes: number;
-  /** Digest of the source file as it was read: `sha256:<hex>`. */
+  /**
+   * Digest of the source file as it was read: `sha256:<hex>`, or `sha256-data:<hex>` of the data alone where the file has over 1 GiB of holes and
+   * nothing vouches for it: of its blocks of 64 KiB that are not all zeros, each behind its offset as 64 bits, big-endian.
+   */
   readonly sourceDigest: string;
   /** Digest of the volume's bytes as they were published: `sha256:<hex>`. */
   readonly contentDigest: string;

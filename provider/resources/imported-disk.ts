@@ -59,7 +59,7 @@ export interface DiskState extends DiskInputs, Home {
   readonly virtualSizeBytes: number;
   /** Allocated when it was imported. */
   readonly allocatedBytes: number;
-  /** `sha256:<hex>` of the source file. */
+  /** As `ImportResult.sourceDigest`. */
   readonly sourceDigest: string;
   /** `sha256:<hex>` of the volume as published: a raw one whole, a qcow2 from its second cluster on. */
   readonly contentDigest: string;

@@ -3,6 +3,7 @@ import { constants } from "node:fs";
 import { open, type FileHandle } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { DiskError } from "../errors.ts";
+import { readDataExtents } from "./holes.ts";
 import { type Folder, MissingFile, Range, refusePath } from "./range.ts";
 
 interface OpenFile {
@@ -65,7 +66,10 @@ async function openFile(path: string, isImage: boolean): Promise<OpenFile> {
     throw new DiskError(`${path} is not a regular file`, { step: "source", path });
   }
   const size = { sizeBytes: Number(stat.size), allocatedBytes: Number(stat.blocks) * 512 };
-  const range = new Range(basename(path), size, { readAt: (offset, length) => readFully(handle, path, offset, length) });
+  const range = new Range(basename(path), size, {
+    readAt: (offset, length) => readFully(handle, path, offset, length),
+    dataExtents: () => readDataExtents(handle, size.sizeBytes),
+  });
   return { handle, range, seen: identity(stat), path };
 }
 

@@ -8,6 +8,7 @@ import type { RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { readsFarReferences } from "./canary.ts";
 import { verifyContent } from "./content.ts";
+import { planData } from "./holes.ts";
 import { openPartFile } from "./part-file.ts";
 import type { Part } from "./part.ts";
 import { pump, type PumpOptions, type Target } from "./pump.ts";
@@ -35,7 +36,10 @@ export interface ImportOptions extends PumpOptions {
 }
 
 export interface ImportResult {
-  /** `sha256:<hex>` of the source file; of its `sha256sum` lines where an image has several. */
+  /**
+   * `sha256:<hex>` of the source file; of its `sha256sum` lines where an image has several. Of a file with over 1 GiB of holes that nobody vouches for
+   * `sha256-data:<hex>`: the SHA-256 of its blocks of 64 KiB that are not all zeros, in their order, each behind its offset as 64 bits, big-endian.
+   */
   readonly sourceDigest: string;
   /** `sha256:<hex>` of the volume's file as published: a raw one whole, a qcow2 from its second cluster on, which is all but its header. */
   readonly contentDigest: string;
@@ -98,10 +102,11 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
     throw new DiskError(message, { step: "verify", path: options.finalPath });
   }
   await part.resume();
-  const runs = await source.runs();
+  const plan = await planData(source);
+  const { runs } = plan;
   const target =
     options.format === "qcow2" ? qcow2Target(host, part, source.image.granularityBytes, runs, options) : rawTarget(part, options);
-  const sourceDigest = await pump(source, runs, target, options);
+  const sourceDigest = await pump(source, plan, target, options);
   const contentDigest = await target.finish();
   await source.assertUnchanged();
   const importedAt = await part.closingTime();

@@ -3,9 +3,10 @@ import { createHash } from "node:crypto";
 import { promisify } from "node:util";
 import { deflateRaw } from "node:zlib";
 import { isZero } from "../image/bytes.ts";
-import type { Run, RunList } from "../image/image.ts";
+import type { Run } from "../image/image.ts";
 import { deflateStreamOf, inflateRun } from "./decode.ts";
-import { ForwardReader } from "./forward-reader.ts";
+import { type FileDigest, ForwardReader } from "./forward-reader.ts";
+import type { DataPlan } from "./holes.ts";
 import type { OpenSource } from "./source.ts";
 
 /** The most of a plain run that is written at once. */
@@ -36,10 +37,10 @@ export interface PumpOptions {
 }
 
 /**
- * Moves all guest data, in the order in which the source's files hold it. Resolves with `sha256:<hex>` of the source file, of its `sha256sum` lines
- * where it has several, when every expected digest was met. Throws ImageError when bytes are damaged, not what was promised, or missing.
+ * Moves all guest data, in the order in which the source's files hold it. Resolves with the digest of the source as `ImportResult.sourceDigest` says,
+ * when every expected one was met. Throws ImageError when bytes are damaged, not what was promised, or missing.
  */
-export async function pump(source: OpenSource, runs: RunList, target: Target, options: PumpOptions): Promise<string> {
+export async function pump(source: OpenSource, { runs, extents }: DataPlan, target: Target, options: PumpOptions): Promise<string> {
   const { files } = source;
   const totalBytes = files.reduce((sum, file) => sum + file.sizeBytes, 0);
   let doneBytes = 0;
@@ -48,11 +49,11 @@ export async function pump(source: OpenSource, runs: RunList, target: Target, op
     doneBytes += bytes;
     options.onProgress(doneBytes, totalBytes);
   };
-  const digests: string[] = [];
+  const digests: FileDigest[] = [];
   const list = runs[Symbol.iterator]();
   let next = list.next();
   for (const [index, file] of files.entries()) {
-    await using reader = new ForwardReader(file, onRead);
+    await using reader = new ForwardReader(file, extents, onRead);
     await using pending = new Pending();
     for (; !next.done && next.value.file === index; next = list.next()) {
       const run = next.value;
@@ -61,10 +62,11 @@ export async function pump(source: OpenSource, runs: RunList, target: Target, op
     }
     await pending.drain();
     const digest = await reader.finish();
-    digests.push(file.wrappedDigest ?? digest);
+    digests.push(file.wrappedDigest === undefined ? digest : { kind: "sha256", hex: file.wrappedDigest });
   }
-  if (digests.length === 1) return `sha256:${digests[0]}`;
-  const lines = files.map((file, index) => `${digests[index]}  ${file.name}\n`);
+  const [only] = digests;
+  if (only && digests.length === 1) return `${only.kind}:${only.hex}`;
+  const lines = files.map((file, index) => `${digests[index]!.hex}  ${file.name}\n`);
   return `sha256:${createHash("sha256").update(lines.join("")).digest("hex")}`;
 }
 

@@ -1,5 +1,6 @@
 /** Stretches of bytes that can be read, wherever they lie, and the folders they lie in. Knows no place: files, URLs and hosts bring their own reading. */
 import { DiskError } from "../errors.ts";
+import type { DataExtent } from "./holes.ts";
 import { ImageError, MAX_READ_BYTES, type Answer, type Ask, type Parser } from "../image/parser.ts";
 
 /** Blocks that the parsers' many small reads are answered from. */
@@ -15,6 +16,8 @@ export interface Bytes {
   readAt(offset: number, length: number): Promise<Buffer>;
   /** One of many reads that each begin where the last one ended. Default: as `readAt`. */
   readForward?(offset: number, length: number): Promise<Buffer>;
+  /** Where they may be other than zeros, ascending and apart; undefined when nobody knows. Default: nobody does. */
+  dataExtents?(): Promise<readonly DataExtent[] | undefined>;
 }
 
 export interface RangeSize {
@@ -62,6 +65,11 @@ export class Range {
     const head = await this.#block(first);
     if (start + length <= BLOCK_BYTES) return head.subarray(start, start + length);
     return Buffer.concat([head.subarray(start), (await this.#block(first + 1)).subarray(0, start + length - BLOCK_BYTES)]);
+  }
+
+  /** As `Bytes.dataExtents`; of a slice nobody knows. */
+  async dataExtents(): Promise<readonly DataExtent[] | undefined> {
+    return this.#bytes.dataExtents?.();
   }
 
   /** A part under a name of its own; the same one each time. */

@@ -6,6 +6,7 @@ import { DiskError } from "../errors.ts";
 import { isZero } from "../image/bytes.ts";
 import { ImageError } from "../image/parser.ts";
 import { readFully } from "./files.ts";
+import { readDataExtents } from "./holes.ts";
 import { formatBytes } from "./progress.ts";
 import { Range } from "./range.ts";
 
@@ -97,7 +98,10 @@ export class ScratchFile {
 
   #range(name: string, sizeBytes = this.#sizeBytes): Range {
     const size = { sizeBytes, allocatedBytes: this.#dataBytes };
-    return new Range(name, size, { readAt: (offset, length) => readFully(this.#handle, `the temporary copy of ${name}`, offset, length) });
+    return new Range(name, size, {
+      readAt: (offset, length) => readFully(this.#handle, `the temporary copy of ${name}`, offset, length),
+      dataExtents: () => readDataExtents(this.#handle, sizeBytes),
+    });
   }
 
   async #put(block: Buffer): Promise<void> {

@@ -12,6 +12,7 @@ import { isZip, ZIP_MAGIC_BYTES } from "../image/zip.ts";
 import { resolveChecksum } from "./checksum.ts";
 import { LocalFolder } from "./files.ts";
 import { shownUrl, urlFileName, type WebSpec } from "./http.ts";
+import type { DataExtent } from "./holes.ts";
 import { formatBytes } from "./progress.ts";
 import { drive, type Folder, Range, type Resolve } from "./range.ts";
 import { scratchRoom } from "./scratch.ts";
@@ -35,6 +36,8 @@ export interface SourceFile {
   readonly wrappedDigest: string | undefined;
   /** At most `length` bytes at `offset`, fewer only at the end. The buffer is the caller's. */
   read(offset: number, length: number): Promise<Buffer>;
+  /** Where it may hold other bytes than zeros; undefined when nobody knows. */
+  dataExtents(): Promise<readonly DataExtent[] | undefined>;
 }
 
 /** Which disk of a package: its index in the hardware's order, or its file's name; undefined for the only one. */
@@ -216,6 +219,7 @@ class Opening {
         expected,
         wrappedDigest: isDisk ? disk.wrappedDigest : undefined,
         read: (offset, length) => range.read(offset, length),
+        dataExtents: () => range.dataExtents(),
       });
     }
     return {

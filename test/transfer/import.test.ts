@@ -1,7 +1,7 @@
 import { execFile } from "node:child_process";
-import { createHash } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import { appendFileSync } from "node:fs";
-import { mkdir, readdir, readFile, stat, truncate, writeFile } from "node:fs/promises";
+import { mkdir, open, readdir, readFile, stat, truncate, writeFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
@@ -111,6 +111,42 @@ describe("an import", () => {
     const two = await bench.run({ file: bench.path("flat.vmdk") }, { finalPath: join(bench.pool, "two") });
     const lines = `${await lineOf("flat.vmdk")}${await lineOf("flat-flat.vmdk")}`;
     expect(two.sourceDigest).toBe(`sha256:${sha256(Buffer.from(lines))}`);
+  });
+
+  it("reads no large holes, and tells a digest of the data where nobody vouches for the file", async () => {
+    await using bench = await openBench();
+    const file = bench.path("holes.raw");
+    const sizeBytes = 1100 * MIB;
+    const blocks = [0, 5 * MIB, sizeBytes - 65_536].map((offset) => ({ offset, bytes: randomBytes(65_536) }));
+    const [whole, data] = [createHash("sha256"), createHash("sha256")];
+    const zeros = Buffer.alloc(MIB);
+    let at = 0;
+    {
+      await using handle = await open(file, "w");
+      for (const { offset, bytes } of blocks) {
+        for (; at < offset; at += MIB) whole.update(zeros.subarray(0, Math.min(MIB, offset - at)));
+        await handle.write(bytes, 0, bytes.length, offset);
+        const place = Buffer.alloc(8);
+        place.writeBigUInt64BE(BigInt(offset));
+        whole.update(bytes);
+        data.update(place).update(bytes);
+        at = offset + bytes.length;
+      }
+    }
+    let largestStepBytes = 0;
+    let lastBytes = 0;
+    const onProgress = (doneBytes: number) => {
+      largestStepBytes = Math.max(largestStepBytes, doneBytes - lastBytes);
+      lastBytes = doneBytes;
+    };
+    const { sourceDigest, sentBytes } = await bench.run({ file }, { onProgress });
+    expect(await qemuImg("compare", "-f", "raw", "-F", "qcow2", file, join(bench.pool, "disk"))).toContain("identical");
+    expect({ lastBytes, isPassed: largestStepBytes > 1000 * MIB }).toEqual({ lastBytes: sizeBytes, isPassed: true });
+    expect(sentBytes).toBeLessThan(MIB);
+    expect(sourceDigest).toBe(`sha256-data:${data.digest("hex")}`);
+    const checksum = `sha256:${whole.digest("hex")}`;
+    const vouched = await bench.run({ file }, { checksum, id: "vouched", finalPath: join(bench.pool, "vouched") });
+    expect(vouched.sourceDigest).toBe(checksum);
   });
 
   it("grows the disk to a larger capacity", async () => {
