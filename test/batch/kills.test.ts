@@ -6,18 +6,25 @@ import { expect, test } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { descendants } from "../bed/daemon.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
+import { readReport } from "../../sdk/batch/report.ts";
 import { openBatchBed, type RunningCli } from "./bed.ts";
 
-/** A batch whose `up` copies 192 MiB of random bytes, caught in the middle. */
+const MIB = 2 ** 20;
+
+/** At this rate a copy of 32 MiB takes more than three seconds, however quick the machine is. */
+const LIMIT = 10 * MIB;
+
+/** A batch whose `up` copies 32 MiB of random bytes, caught in the middle. */
 async function openCopy() {
   await using stack = new AsyncDisposableStack();
   const libvirtd = stack.use(await openLibvirtd());
   const source = join(libvirtd.directory, "random.raw");
-  await runCommand(["dd", "if=/dev/urandom", `of=${source}`, "bs=1M", "count=192", "status=none"]);
+  await runCommand(["dd", "if=/dev/urandom", `of=${source}`, "bs=1M", "count=32", "status=none"]);
   const bed = stack.use(
     await openBatchBed({
       project: "kills",
-      retry: { attempts: 3, delaySeconds: 4 },
+      retry: { attempts: 3, delaySeconds: 1 },
+      limits: { bandwidth: LIMIT },
       machines: {
         big: { source: { file: source }, host: libvirtd.uri, machine: { powerState: "stopped", domainType: "qemu" } },
       },
@@ -42,7 +49,6 @@ async function openCopy() {
       const [disk = "", ...others] = (await readdir(libvirtd.poolPath)).filter((name) => name !== ".virtlift");
       expect(others).toEqual([]);
       await runCommand(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, join(libvirtd.poolPath, disk)]);
-      expect((await bed.cli("plan")).stdout).toContain("nothing is to be copied");
     },
     [Symbol.asyncDispose]: () => held.disposeAsync(),
   };
@@ -91,6 +97,7 @@ test("after a killed driver its workers and engines end by themselves, status sa
   const again = await copy.bed.cli("up");
   expect(again).toMatchObject({ code: 0, stdout: expect.stringMatching(/^1 done$/m) as string });
   await copy.expectConverged();
+  expect((await copy.bed.cli("plan")).stdout).toContain("nothing is to be copied");
 }, 120_000);
 
 test("the first Ctrl-C lets the copy end, and starts nothing more", async () => {
@@ -100,6 +107,10 @@ test("the first Ctrl-C lets the copy end, and starts nothing more", async () => 
   expect(ended.code).toBe(130);
   expect(ended.stderr).toContain("stopping: what is being copied goes on to its end");
   await copy.expectConverged();
+  const copied = readReport(copy.bed.manifestPath).machines[0]?.spans.find(({ kind }) => kind === "copy");
+  const seconds = ((copied?.endedMs ?? 0) - (copied?.beganMs ?? 0)) / 1000;
+  // A tenth of a second of the rate may go at once.
+  expect((32 * MIB - LIMIT / 10) / seconds).toBeLessThan(LIMIT);
 }, 120_000);
 
 test("the second Ctrl-C cancels the copy, and the next up goes on with it", async () => {
