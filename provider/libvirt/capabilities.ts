@@ -74,6 +74,17 @@ export function parseOffer(domainCapabilities: string): MachineOffer {
   };
 }
 
+/**
+ * Whether a network's interfaces may have VLAN tags on whatever version of libvirt. Throws ImageError on what is no XML.
+ * Source: formatnetwork.html, `vlan`; a Linux bridge takes them since libvirt 11.0.
+ */
+export function parseTakesVlan(network: string): boolean {
+  const root = parseXml(network, "the network's XML");
+  const mode = all(root, "forward")[0]?.attributes.get("mode");
+  const ports = [root, ...all(root, "portgroup")].flatMap((each) => all(each, "virtualport"));
+  return mode === "hostdev" || mode === "passthrough" || ports.some(({ attributes }) => attributes.get("type") === "openvswitch");
+}
+
 function isSupported(element: XmlElement | undefined): boolean {
   return element?.attributes.get("supported") === "yes";
 }

@@ -37,12 +37,16 @@ export async function placeDiskRef(host: Host, property: string, disk: DiskRef):
   return { ...disk, path, format };
 }
 
-/** Finds the template and names the machine's own volume. Throws PlacementError. */
-export async function placeImage(host: Host, image: NonNullable<VirtualMachineArgs["image"]>, machine: string): Promise<PlacedImage> {
+/** Finds the template and names the machine's own volume. `isComing` says whether a disk is declared to come to a path. Throws PlacementError. */
+export async function placeImage(
+  host: Host,
+  image: NonNullable<VirtualMachineArgs["image"]>,
+  { machine, isComing }: { readonly machine: string; readonly isComing: (path: string) => boolean },
+): Promise<PlacedImage> {
   const folder = await folderOf(host, "image.pool", image.pool);
   const found =
     image.path === undefined ? await volumeNamed(host, "image.volume", image.pool, image.volume!) : await volumeAt(host, image.path);
-  if (found === undefined && image.mode === "copy") {
+  if (found === undefined && image.mode === "copy" && !isComing(image.path!)) {
     throw new PlacementError(
       "image.path",
       `${image.path} on ${host.label} is in no active pool, which a copy needs: refresh its pool, or use the mode "overlay"`,

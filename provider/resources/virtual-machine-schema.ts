@@ -126,7 +126,7 @@ const NetworkSchema = z
     mac: MacSchema.optional(),
     /** What the guest sees. Default: `virtio` where `bus` is, else `e1000e` (`e1000` on a `pc`), which every guest system has a driver for. */
     model: z.enum(["virtio", "e1000e", "e1000", "rtl8139"]).optional(),
-    /** VLAN tags: one, or several for a trunk that the guest takes apart. Open vSwitch and `direct` by `passthrough` know them; before libvirt 11 a Linux bridge refuses the start. */
+    /** VLAN tags: one, or several for a trunk that the guest takes apart. Open vSwitch knows them, and `direct` by `passthrough` of a virtual function (SR-IOV); before libvirt 11 a Linux bridge refuses the start. */
     vlan: z.array(z.number().int().min(0).max(4095)).min(1).max(64).optional(),
     /** Whether the cable is in. Default `up`. */
     link: z.enum(["up", "down"]).optional(),

@@ -133,7 +133,12 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   }
   try {
     const opened = openHost(context, args.host);
-    const inputs = await place(opened, { ...identified, host: args.host }, adopted ? { ...adopted.inputs, host: args.host } : olds);
+    const inputs = await place(
+      context,
+      opened,
+      { ...identified, host: args.host },
+      adopted ? { ...adopted.inputs, host: args.host } : olds,
+    );
     if (adopted) tellAdoption(context, inputs, adopted.defined);
     return {
       inputs,
@@ -170,6 +175,7 @@ function unplaced(args: Identified, olds: MachineInputs | undefined): Partial<Re
 
 /** Throws PlacementError, and what the host throws. */
 async function place(
+  context: Context,
   host: Host,
   args: Identified & { readonly host: DeclaredHost },
   olds: MachineInputs | undefined,
@@ -177,11 +183,13 @@ async function place(
   const { name, importedDisk, image } = args;
   const isSameHost = olds !== undefined && daemonOf(olds.host) === daemonOf(args.host);
   const domainType = args.domainType ?? (isSameHost ? olds.domainType : await defaultDomainType(host));
+  const isComing = (path: string): boolean =>
+    deploymentOf(context.hosts).isDiskComing(path, { origin: args.origin, daemon: daemonOf(args.host) });
   const placedDisk = importedDisk && (await placeDiskRef(host, "importedDisk", importedDisk));
   // A template is asked for once: it may be gone when only the capacity changes.
   const kept =
     isSameHost && olds.name === name && olds.image && isSame(templateOf(olds.image), image && templateOf(image)) ? olds.image : undefined;
-  const placedImage = image && (kept ? { ...image, ...placeOf(kept) } : await placeImage(host, image, name));
+  const placedImage = image && (kept ? { ...image, ...placeOf(kept) } : await placeImage(host, image, { machine: name, isComing }));
   const disks = await Promise.all(args.disks.map((disk, index) => placeDisk(host, `disks[${index}]`, disk, args)));
   const networks = placeNetworks(args, olds);
   const cloudInit = args.cloudInit && (await placeSeed(host, args.cloudInit, args, isSameHost ? olds.cloudInit : undefined));

@@ -6,6 +6,7 @@ import { describe, expect, test as base } from "vitest";
 import { type GuestOptions, prepareGuest } from "../../scripts/guest/guest.ts";
 import { parseGuestReport } from "../../scripts/guest/report.ts";
 import { runCommand } from "../../scripts/setup/command.ts";
+import { importedDisk } from "../../provider/resources/imported-disk.ts";
 import { Incomplete } from "../../provider/resources/resource.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
@@ -173,6 +174,21 @@ describe("without a guest system", () => {
     await runCommand(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", guest.path, inputs.diskPaths[0]!]);
     await virtualMachine.delete(desk.context, id, state);
     expect(await readdir(libvirtd.poolPath)).not.toContain("copy-boot.qcow2");
+  });
+
+  test("a template that is still to be imported is found in preview, and copied once it is there", async ({ libvirtd, desk }) => {
+    const { context } = desk;
+    const guest = await prepareGuest("qcow2", { hash: false });
+    const origin = "acme/shop/prod/golden";
+    const { inputs: disk } = await importedDisk.check(context, undefined, { origin, host: libvirtd.uri, source: { file: guest.path } });
+    const image = { diskId: disk.diskId, path: disk.path, format: disk.format };
+    const inputs = await desk.checked(machine(libvirtd, "clone", { image, powerState: "stopped" }));
+    const imported = await importedDisk.create(context, disk);
+    const { id, state } = await virtualMachine.create(context, inputs);
+    const { stdout } = await runCommand(["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", guest.path, inputs.diskPaths[0]!]);
+    expect(stdout).toContain("Images are identical");
+    await virtualMachine.delete(context, id, state);
+    await importedDisk.delete(context, imported.id, imported.state);
   });
 
   test("a machine is waited for again by the next update when it did not show in time what it was to show", async ({ libvirtd, desk }) => {

@@ -60,6 +60,11 @@ export class Deployment {
     return [...this.#disks.values()].filter((disk) => disk.origin !== origin && disk.daemon === daemon);
   }
 
+  /** Whether another resource declares a disk at the path, be it there already or not. */
+  isDiskComing(path: string, resource: Pick<DeclaredDisk, "origin" | "daemon">): boolean {
+    return this.otherDisks(resource).some((disk) => disk.path === path);
+  }
+
   /** The machines of other resources on the same daemon. */
   otherMachines({ origin, daemon }: Pick<DeclaredMachine, "origin" | "daemon">): readonly DeclaredMachine[] {
     return [...this.#machines.values()].filter((machine) => machine.origin !== origin && machine.daemon === daemon);

@@ -13,6 +13,7 @@ import {
   parseHostUuid,
   parseOffer,
   parseSecurity,
+  parseTakesVlan,
 } from "../../libvirt/capabilities.ts";
 import type { Libvirt } from "../../libvirt/client.ts";
 import { COMPARE_CPU, DOMAIN_XML, LIBVIRT_ERROR } from "../../libvirt/constants.ts";
@@ -63,6 +64,12 @@ export interface HostNature {
 /** What only a shell on the host can tell. */
 export interface HostSystem {
   readonly bridges: ReadonlySet<string>;
+  /** Every network device, bridges among them. */
+  readonly networkDevices: ReadonlySet<string>;
+  /** How many huge pages are reserved, in use or not, by their size in KiB; the host's default size is the first. */
+  readonly hugepages: ReadonlyMap<number, number>;
+  /** The sizes in KiB of the huge pages that are mounted somewhere, where QEMU can take them from. */
+  readonly mountedHugepagesKiB: ReadonlySet<number>;
   /** How far the host's clock is ahead of ours, give or take the time of the question. */
   readonly clockAheadSeconds: number;
 }
@@ -180,6 +187,9 @@ export class HostFacts {
       const now = Number(valuesOf(output, "now")[0] ?? Number.NaN);
       return {
         bridges: new Set(valuesOf(output, "bridge")),
+        networkDevices: new Set(valuesOf(output, "device")),
+        hugepages: new Map(valuesOf(output, "hugepages").map((line) => line.split(" ").map(Number) as [number, number])),
+        mountedHugepagesKiB: new Set(valuesOf(output, "hugetlbfs").map((bytes) => Number(bytes) / 1024)),
         clockAheadSeconds: Number.isNaN(now) ? 0 : now - (askedMs + Date.now()) / 2000,
       };
     });
@@ -220,6 +230,19 @@ export class HostFacts {
         isActive: await libvirt.networkIsActive(network),
       }));
       return Promise.all(networks);
+    });
+  }
+
+  /** Whether the network's interfaces may have VLAN tags on whatever version of libvirt: it is Open vSwitch's, or hands out devices. False when there is no such network. */
+  takesVlan(network: string): Promise<boolean> {
+    return this.#ask(`vlan ${network}`, async () => {
+      const libvirt = await this.#host.libvirt();
+      try {
+        return parseTakesVlan(await libvirt.networkGetXMLDesc(await libvirt.networkLookupByName(network)));
+      } catch (error) {
+        if (isNotFound(error)) return false;
+        throw error;
+      }
     });
   }
 
@@ -332,13 +355,22 @@ export async function changing<Result>(host: Host, change: () => Promise<Result>
   }
 }
 
-/** Source: the kernel's sysfs-class-net: a bridge has a folder `bridge`. */
+/** Sources: the kernel's sysfs-class-net (a bridge has a folder `bridge`) and its hugetlbpage.rst; a hugetlbfs has blocks of its pages' size. */
 const SYSTEM = `
 echo virtlift
 printf 'now %s\\n' "$(date +%s.%N)"
 for bridge in /sys/class/net/*/bridge; do
   [ -d "$bridge" ] && bridge=\${bridge%/bridge} && printf 'bridge %s\\n' "\${bridge##*/}"
 done
+for device in /sys/class/net/*; do printf 'device %s\\n' "\${device##*/}"; done
+default=$(sed -n 's/^Hugepagesize: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)
+for pages in "/sys/kernel/mm/hugepages/hugepages-\${default}kB" /sys/kernel/mm/hugepages/*; do
+  size=\${pages##*-}
+  [ -r "$pages/nr_hugepages" ] && printf 'hugepages %s %s\\n' "\${size%kB}" "$(cat "$pages/nr_hugepages")"
+done
+while read -r _ folder kind _; do
+  [ "$kind" = hugetlbfs ] && printf 'hugetlbfs %s\\n' "$(stat -f -c %s -- "$folder")"
+done < /proc/mounts
 exit 0
 `;
 

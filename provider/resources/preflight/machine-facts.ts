@@ -8,7 +8,15 @@ import type { MachineMetadata } from "../../libvirt/domain.ts";
 import { daemonOf } from "../connect.ts";
 import { type MachineInputs, ownVolumes } from "../virtual-machine-spec.ts";
 import type { DeclaredMachine, Deployment } from "./deployment.ts";
-import { factsOf, type HostFolder, type HostMachine, type HostNature, type HostNetwork, type HostSystem } from "./host-facts.ts";
+import {
+  factsOf,
+  type HostFacts,
+  type HostFolder,
+  type HostMachine,
+  type HostNature,
+  type HostNetwork,
+  type HostSystem,
+} from "./host-facts.ts";
 import type { DiskOrigin } from "./source-facts.ts";
 
 export interface MachineFacts {
@@ -21,6 +29,10 @@ export interface MachineFacts {
   /** Features of the CPU model that the host lacks; none for an emulated machine, which goes without. */
   readonly cpuGaps: readonly string[];
   readonly networks: readonly HostNetwork[];
+  /** Of the networks whose interfaces are to have VLAN tags, those that take them on whatever version of libvirt. */
+  readonly vlanNetworks: ReadonlySet<string>;
+  /** The base of its overlay is not there, and no disk of this deployment comes there. */
+  readonly isTemplateMissing: boolean;
   /** The machine itself, where this deployment's state does not know it and another one's does. */
   readonly ofOtherState: HostMachine | undefined;
   /** The host's other machines. */
@@ -67,6 +79,8 @@ export async function gatherMachine(
       [...new Set(inputs.diskPaths.filter((path) => path !== "").map((path) => posix.dirname(path)))].map((folder) => facts.folder(folder)),
     ),
   ]);
+  const tagged = inputs.networks.flatMap(({ network, vlan }) => (network !== undefined && vlan ? [network] : []));
+  const takesVlan = await Promise.all(tagged.map((network) => facts.takesVlan(network)));
   const known = machines.filter(isOwn).flatMap(({ metadata }) => metadata?.volumes.map(({ path }) => path) ?? []);
   const wanted = ownVolumes(inputs).filter(({ path }) => !known.includes(path));
   return {
@@ -76,6 +90,8 @@ export async function gatherMachine(
     offer,
     cpuGaps,
     networks,
+    vlanNetworks: new Set(tagged.filter((_, index) => takesVlan[index])),
+    isTemplateMissing: await isTemplateMissing(facts, inputs, deployment),
     ofOtherState:
       ownUuid === undefined
         ? machines.find(({ uuid, metadata }) => uuid === inputs.uuid && isOfOtherState(inputs.origin, metadata))
@@ -89,6 +105,15 @@ export async function gatherMachine(
     siblings: deployment.otherMachines({ origin: inputs.origin, daemon }),
     boot: deployment.contentAt(daemon, inputs.diskPaths[0] ?? ""),
   };
+}
+
+async function isTemplateMissing(facts: HostFacts, { origin, host, image }: MachineInputs, deployment: Deployment): Promise<boolean> {
+  if (image?.mode !== "overlay") return false;
+  const { path } = image.template;
+  const folder = await facts.folder(posix.dirname(path));
+  return (
+    folder !== undefined && !folder.names.has(posix.basename(path)) && !deployment.isDiskComing(path, { origin, daemon: daemonOf(host) })
+  );
 }
 
 /** The machine as the rules about others see it. */

@@ -21,6 +21,9 @@ const ownerOf = ({ metadata }: { readonly metadata?: { readonly origin: string }
 
 const offered = ({ offer }: MachineFacts): MachineOffer | undefined => (offer === "unsupported" ? undefined : offer);
 
+/** The first libvirt whose Linux bridges take VLAN tags. Source: formatnetwork.html, "Setting VLAN tag". */
+const BRIDGES_TAKE_VLAN = 11_000_000;
+
 export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
   {
     id: "virtlift/name-taken",
@@ -197,6 +200,82 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
         const remedy = system.bridges.size > 0 ? `it has ${[...system.bridges].join(", ")}` : "make it, or take a `network`";
         return [{ property: `networks[${index}].bridge`, sentence: `there is no bridge ${bridge} on ${host.label}: ${remedy}` }];
       }),
+  },
+  {
+    id: "virtlift/device-missing",
+    level: "block",
+    summary: "The host has no network device of this name to share by macvtap, and the machine is to run.",
+    remedy: "Name one of the devices that it has.",
+    test: ({ inputs, host, system }) =>
+      inputs.networks.flatMap(({ direct }, index): readonly Finding[] => {
+        if (direct === undefined || system === undefined || inputs.powerState === "stopped" || system.networkDevices.has(direct)) return [];
+        const names = [...system.networkDevices].filter((name) => name !== "lo");
+        return [
+          {
+            property: `networks[${index}].direct`,
+            sentence: `there is no network device ${direct} on ${host.label}: ${names.length > 0 ? `it has ${names.join(", ")}` : "take a `network`"}`,
+          },
+        ];
+      }),
+  },
+  {
+    id: "virtlift/vlan-refused",
+    level: "block",
+    summary: "The interface has VLAN tags, and what it hangs on takes none, so that the machine would not start.",
+    remedy:
+      "Use a libvirt network over Open vSwitch, libvirt 11 or later, or a network or bridge of the VLAN's own; or leave the tags to the guest.",
+    test: ({ inputs, host, vlanNetworks }) => {
+      if (inputs.powerState === "stopped" || (inputs.xmlPatches ?? []).some((patch) => JSON.stringify(patch).includes("virtualport")))
+        return [];
+      return inputs.networks.flatMap(({ vlan, network, bridge, direct, mode }, index): readonly Finding[] => {
+        const isBridged = network !== undefined || bridge !== undefined;
+        const takesTags =
+          (isBridged && host.libvirtVersion >= BRIDGES_TAKE_VLAN) ||
+          (network !== undefined && vlanNetworks.has(network)) ||
+          (direct !== undefined && mode === "passthrough");
+        if (vlan === undefined || takesTags) return [];
+        const place = network ?? bridge ?? direct ?? "QEMU's own NAT";
+        const sentence = `${place} on ${host.label} takes no VLAN tags${isBridged ? " before libvirt 11" : ""}: use a network or a bridge of the VLAN's own, or Open vSwitch`;
+        return [{ property: `networks[${index}].vlan`, sentence }];
+      });
+    },
+  },
+  {
+    id: "virtlift/template-missing",
+    level: "block",
+    summary: "The machine's boot disk is an overlay, and the template under it is gone: neither can be made, nor read, without it.",
+    remedy: "Bring the template back to its path, unchanged, or make the machine anew from another one.",
+    test: ({ inputs: { image }, host, isTemplateMissing }) =>
+      isTemplateMissing && image
+        ? [
+            {
+              property: "image",
+              sentence: `the overlay ${image.volumePath} stands on ${image.template.path}, and that is not on ${host.label}: bring it back as it was`,
+            },
+          ]
+        : [],
+  },
+  {
+    id: "virtlift/no-hugepages",
+    level: "block",
+    summary: "The machine's memory is to be of huge pages, and the host has too few of them reserved, or none of that size mounted.",
+    remedy: "Reserve them (`sysctl vm.nr_hugepages`, or `hugepages=` on the kernel's command line), mount them, and restart libvirtd.",
+    test: ({ inputs, host, system }) => {
+      if (inputs.hugepages === undefined || inputs.powerState === "stopped" || system === undefined) return [];
+      const [defaultKiB = 0] = system.hugepages.keys();
+      const sizeKiB = { default: defaultKiB, "2MiB": 2048, "1GiB": 1024 * 1024 }[inputs.hugepages];
+      const reserved = system.hugepages.get(sizeKiB) ?? 0;
+      const wanted = Math.ceil(((inputs.maxMemoryMiB ?? inputs.memoryMiB) * 1024) / sizeKiB);
+      const fail = (sentence: string): readonly Finding[] => [{ property: "hugepages", sentence }];
+      if (reserved < wanted)
+        return fail(`${host.label} has ${reserved} huge pages of ${sizeKiB} KiB, and the machine wants ${wanted}: reserve them`);
+      if (!system.mountedHugepagesKiB.has(sizeKiB)) {
+        return fail(
+          `no huge pages of ${sizeKiB} KiB are mounted on ${host.label}: mount -t hugetlbfs -o pagesize=${sizeKiB}K, and restart libvirtd`,
+        );
+      }
+      return [];
+    },
   },
   {
     id: "virtlift/machine-type",

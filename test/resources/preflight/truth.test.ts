@@ -117,6 +117,13 @@ const MACHINES: Readonly<Record<string, Case>> = {
   "virtlift/network-missing": { args: () => ({ networks: [{ network: "lan" }] }), truth: /no network with matching name 'lan'/ },
   "virtlift/network-inactive": { args: () => ({ networks: [{ network: "default" }] }), truth: /network 'default' is not active/ },
   "virtlift/bridge-missing": { args: () => ({ networks: [{ bridge: "br-none" }] }), truth: /br-none/ },
+  "virtlift/device-missing": { args: () => ({ networks: [{ direct: "eth-none" }] }), truth: /eth-none/ },
+  "virtlift/vlan-refused": { args: () => ({ networks: [{ type: "user", vlan: [42] }] }), truth: /vlan tag not supported/ },
+  "virtlift/no-hugepages": { args: () => ({ hugepages: "1GiB" }), truth: /hugetlbfs|hugepage|huge pages/ },
+  "virtlift/template-missing": {
+    args: ({ poolPath }) => ({ importedDisk: undefined, image: { path: join(poolPath, "base.qcow2"), format: "qcow2", mode: "overlay" } }),
+    truth: /base\.qcow2/,
+  },
   "virtlift/cpu-mode": {
     args: () => ({ cpu: { mode: "custom", model: "Nonsense" } }),
     truth: /Unknown CPU model Nonsense|unsupported configuration/,
