@@ -44,13 +44,26 @@ export async function activePool(host: Host, name: string): Promise<ActivePool> 
   if ((await libvirt.storagePoolGetInfo(pool)).state !== STORAGE_POOL_STATE.running) {
     throw new PoolError(`the pool ${name} on ${host.label} is not active: virsh pool-start ${name}`);
   }
-  const { type, path, device } = describe(await libvirt.storagePoolGetXMLDesc(pool));
-  const isBlock = BLOCK_TYPES.has(type);
-  if ((!isBlock && !FILE_TYPES.has(type)) || !path.startsWith("/")) {
+  const described = describe(await libvirt.storagePoolGetXMLDesc(pool));
+  if (!isForImports(described)) {
     const types = [...FILE_TYPES, ...BLOCK_TYPES].join(", ");
-    throw new PoolError(`the pool ${name} on ${host.label} is of type ${type}: disks are imported into pools of the types ${types}`);
+    throw new PoolError(
+      `the pool ${name} on ${host.label} is of type ${described.type}: disks are imported into pools of the types ${types}`,
+    );
   }
-  return { name, type, isBlock, path, device };
+  return { name, ...described };
+}
+
+/** Every active pool of the host that disks are imported into. */
+export async function importPools(host: Host): Promise<readonly ActivePool[]> {
+  const libvirt = await host.libvirt();
+  const pools = await libvirt.connectListAllStoragePools(LIST_STORAGE_POOLS.active);
+  const described = pools.map(async (pool) => ({ name: pool.name, ...describe(await libvirt.storagePoolGetXMLDesc(pool)) }));
+  return (await Promise.all(described)).filter(isForImports);
+}
+
+function isForImports({ type, isBlock, path }: Omit<ActivePool, "name">): boolean {
+  return (isBlock || FILE_TYPES.has(type)) && path.startsWith("/");
 }
 
 /** The folder of an active pool whose volumes are files. Throws PoolError with the remedy when it is not one. */
@@ -62,9 +75,7 @@ export async function poolFolder(host: Host, name: string): Promise<string> {
 
 /** Every active directory pool of the host. */
 export async function directoryPools(host: Host): Promise<readonly { readonly name: string; readonly folder: string }[]> {
-  const libvirt = await host.libvirt();
-  const pools = await libvirt.connectListAllStoragePools(LIST_STORAGE_POOLS.active | LIST_STORAGE_POOLS.dir);
-  return Promise.all(pools.map(async (pool) => ({ name: pool.name, folder: describe(await libvirt.storagePoolGetXMLDesc(pool)).path })));
+  return (await importPools(host)).filter(({ type }) => type === "dir").map(({ name, path }) => ({ name, folder: path }));
 }
 
 /**
@@ -88,9 +99,10 @@ interface PoolXml {
   readonly source?: { readonly device?: { readonly "@_path"?: string } };
 }
 
-function describe(xml: string): { readonly type: string; readonly path: string; readonly device: string | undefined } {
+function describe(xml: string): Omit<ActivePool, "name"> {
   const { pool } = new XMLParser({ ignoreAttributes: false, parseTagValue: false, trimValues: false }).parse(xml) as {
     readonly pool?: PoolXml;
   };
-  return { type: pool?.["@_type"] ?? "", path: pool?.target?.path ?? "", device: pool?.source?.device?.["@_path"] };
+  const type = pool?.["@_type"] ?? "";
+  return { type, isBlock: BLOCK_TYPES.has(type), path: pool?.target?.path ?? "", device: pool?.source?.device?.["@_path"] };
 }

@@ -7,7 +7,7 @@ import { type Command, parseCommand, UsageError } from "./command.ts";
 export const clean: Command = {
   name: "clean",
   usage: "clean --host <libvirt URI> [--remove]",
-  summary: "Lists what interrupted imports left in the host's pools; --remove removes it, but for what is being written.",
+  summary: "Lists what interrupted imports left in the host's pools; --remove removes it, but for what is being written, and devices.",
   async run(argv) {
     const { values } = parseCommand(argv, { host: { type: "string" }, remove: { type: "boolean" } }, []);
     if (values.host === undefined) throw new UsageError("give the host: --host qemu:///system");
@@ -20,8 +20,8 @@ export const clean: Command = {
     const rows = found.map(({ pool, path, allocatedBytes, modifiedSeconds, isWriting }) => [
       printable(pool),
       formatBytes(allocatedBytes),
-      new Date(modifiedSeconds * 1000).toISOString(),
-      values.remove === true ? "removed" : isWriting ? "being written" : "stale",
+      modifiedSeconds === undefined ? "?" : new Date(modifiedSeconds * 1000).toISOString(),
+      values.remove === true ? "removed" : isWriting ? "being written" : modifiedSeconds === undefined ? "remove by hand" : "stale",
       printable(path),
     ]);
     stdout.write(`${formatTable(["pool", "size", "last written", "state", "path"], rows).join("\n")}\n`);

@@ -1,11 +1,15 @@
 import { createHash } from "node:crypto";
-import { appendFile, readdir, readFile } from "node:fs/promises";
+import { appendFileSync } from "node:fs";
+import { appendFile, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
 import { type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
+import { clearLeftovers, findLeftovers } from "../../provider/resources/leftovers.ts";
 import type { Context } from "../../provider/resources/resource.ts";
+import { openUpload } from "../../provider/transfer/upload.ts";
+import { encodeMark } from "../../provider/transfer/volume.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
 import { openDiskPool, openFsPool } from "../bed/pools.ts";
@@ -153,6 +157,55 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
     await kvm.run("sh", "-c", `echo somebody > ${state.path}`);
     await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(/is not the disk that was imported there/);
     await kvm.run("rm", state.path);
+  });
+
+  it("leaves a volume when it is interrupted, which is found and cleared, and no other", async () => {
+    await using caller = await openCaller(loginTo(forced, "root"));
+    const host = caller.context.hosts.open(loginTo(forced, "root"));
+    const signal = new AbortController().signal;
+    const options = { pool: "default", isBlock: false, capacityBytes: 1024 * 1024, writer: "one", signal };
+    for (const id of ["left", "written"]) {
+      await using part = await openUpload(host, { ...options, id, finalPath: join(forced.poolPath, `${id}.raw`) });
+      await part.write(65_536, Buffer.alloc(65_536, id));
+      await part.settle();
+    }
+    // What a guest writes into its own disk makes nothing of ours out of it.
+    const mark = Buffer.concat([encodeMark({ importId: "forged", writer: "guest" }), Buffer.alloc(1024)]);
+    for (const name of ["guest.raw", "base.raw", "other.raw"])
+      await writeFile(join(forced.poolPath, name), name === "other.raw" ? "other" : mark);
+    await forced.run(
+      "qemu-img",
+      "create",
+      "-q",
+      "-f",
+      "qcow2",
+      "-b",
+      join(forced.poolPath, "base.raw"),
+      "-F",
+      "raw",
+      join(forced.poolPath, "top.qcow2"),
+    );
+    const xml = `<domain type="qemu"><name>guest</name><memory unit="MiB">64</memory><os><type>hvm</type></os><devices>
+      <disk type="file"><source file="${forced.poolPath}/guest.raw"/><target dev="sda" bus="sata"/></disk></devices></domain>`;
+    await writeFile(join(forced.directory, "guest.xml"), xml);
+    await forced.virsh("define", join(forced.directory, "guest.xml"));
+    const writing = setInterval(() => appendFileSync(join(forced.poolPath, "written.raw"), "more"), 20);
+    try {
+      const left = { id: "left", pool: "default", path: join(forced.poolPath, "left.raw"), isWriting: false };
+      const found = await findLeftovers(host, 200);
+      expect(found).toMatchObject([left, { id: "written", isWriting: true }]);
+      expect(found[0]!.allocatedBytes).toBeGreaterThan(65_536);
+      expect(Math.abs(found[0]!.modifiedSeconds! - Date.now() / 1000)).toBeLessThan(600);
+      expect(await clearLeftovers(host, 200)).toMatchObject([left]);
+    } finally {
+      clearInterval(writing);
+    }
+    expect(await clearLeftovers(host, 200)).toMatchObject([{ id: "written" }]);
+    expect(await findLeftovers(host, 0)).toEqual([]);
+    const kept = (await readdir(forced.poolPath)).toSorted();
+    expect(kept).toEqual(["base.raw", "guest.raw", "other.raw", "top.qcow2"]);
+    await forced.virsh("undefine", "guest");
+    for (const name of kept) await rm(join(forced.poolPath, name));
   });
 
   it("is refused in preview when it is too large for its pool", async () => {

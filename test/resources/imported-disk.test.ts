@@ -435,6 +435,15 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       expect(await clearLeftovers(host)).toHaveLength(1);
       expect(await readdir(libvirtd.poolPath)).toEqual([]);
 
+      // Power lost between the publication and the removal of what the host had fetched.
+      const work = join(libvirtd.poolPath, WORK_FOLDER);
+      await mkdir(work);
+      for (const name of ["lost.source", "lost.source.etag", "lost.log"]) await writeFile(join(work, name), Buffer.alloc(8192, 1));
+      const lost = { id: "lost", path: join(work, "lost.source"), allocatedBytes: 16_384 };
+      expect(await findLeftovers(host)).toMatchObject([lost]);
+      expect(await clearLeftovers(host)).toMatchObject([lost]);
+      expect(await readdir(libvirtd.poolPath)).toEqual([]);
+
       await interrupted();
       const { state } = await importedDisk.create(caller.context, inputs);
       expect(caller.lines).toContainEqual(expect.stringMatching(/were there from an interrupted run/));
