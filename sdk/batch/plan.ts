@@ -60,7 +60,12 @@ export function planBatch(
   { seen = ASSUMED_BYTES_PER_SECOND, limit = Number.POSITIVE_INFINITY }: Rates = {},
 ): BatchPlan {
   const bytesPerSecond = Math.min(seen, limit);
-  const shared = [...collisions(previewed), ...roomFindings(previewed, surveys), ...memoryFindings(previewed, surveys)];
+  const shared = [
+    ...collisions(previewed),
+    ...macWarnings(previewed),
+    ...roomFindings(previewed, surveys),
+    ...memoryFindings(previewed, surveys),
+  ];
   const machines = previewed.map((each): MachinePlan => {
     const findings = [...each.findings, ...shared.filter(({ machine }) => machine === each.machine.name).map(({ finding }) => finding)];
     const measures = [...each.measures.values()];
@@ -126,6 +131,24 @@ function collisions(previewed: readonly Previewed[]): readonly SharedFinding[] {
     );
 }
 
+/** Machines of different hosts may share a network, and then no MAC address: whether they do is known to nobody here. */
+function macWarnings(previewed: readonly Previewed[]): readonly SharedFinding[] {
+  const owners = previewed.flatMap(({ machine, steps }) =>
+    steps.flatMap(claimsOf).flatMap(({ what, value }) => (what === MAC_ADDRESS ? [{ machine, mac: value }] : [])),
+  );
+  return [...Map.groupBy(owners, ({ mac }) => mac)].flatMap(([mac, users]) =>
+    users.flatMap(({ machine }) => {
+      const others = users.filter((other) => other.machine.declaration.host.uri !== machine.declaration.host.uri);
+      if (others.length === 0) return [];
+      const names = others.map((other) => `${other.machine.name} on ${other.machine.hostName}`).join(", ");
+      const text = `the MAC address ${mac} is that of ${names} too: where both are on one network neither is reached; give one of them another`;
+      return [{ machine: machine.name, finding: { level: "warn", text } as const }];
+    }),
+  );
+}
+
+const MAC_ADDRESS = "MAC address";
+
 function claimsOf({ kind, op, properties }: Step): readonly { readonly what: string; readonly value: string }[] {
   if (op.includes("delete")) return [];
   const claim = (what: string, value: unknown) => (typeof value === "string" && value !== "" ? [{ what, value }] : []);
@@ -135,7 +158,7 @@ function claimsOf({ kind, op, properties }: Step): readonly { readonly what: str
     ...claim("name", properties["name"]),
     ...claim("UUID", properties["uuid"]),
     ...claim("serial log", properties["serialLog"]),
-    ...macs.flatMap((mac) => claim("MAC address", mac)),
+    ...macs.flatMap((mac) => claim(MAC_ADDRESS, mac)),
   ];
 }
 

@@ -68,8 +68,25 @@ test.for([
 ] as const)("blocks machines of one host that claim the same %s, and not those of two hosts", ([, own, sentence]) => {
   const plan = planBatch([previewed("a", own), previewed("b", own), previewed("c", own)], new Map());
   expect(plan.machines.map(({ action }) => action)).toEqual(["blocked", "blocked", "create"]);
-  expect(plan.machines[0]!.findings).toEqual([{ level: "block", text: expect.stringContaining(sentence) as string }]);
+  const blocking = plan.machines[0]!.findings.filter(({ level }) => level === "block");
+  expect(blocking).toEqual([{ level: "block", text: expect.stringContaining(sentence) as string }]);
   expect(plan.isClear).toBe(false);
+});
+
+test("warns of a MAC address that machines of two hosts have", () => {
+  const own = { machine: { macAddresses: ["52:54:00:00:00:01"] } };
+  const plan = planBatch([previewed("a", own), previewed("b"), previewed("c", own)], new Map());
+  expect(plan.isClear).toBe(true);
+  expect(plan.machines.map(({ findings }) => findings)).toEqual([
+    [
+      {
+        level: "warn",
+        text: "the MAC address 52:54:00:00:00:01 is that of c on qemu+ssh://kvm2/system too: where both are on one network neither is reached; give one of them another",
+      },
+    ],
+    [],
+    [{ level: "warn", text: expect.stringContaining("is that of a on qemu:///system too") as string }],
+  ]);
 });
 
 test("blocks machines that have room in a pool one by one, but not together", () => {
