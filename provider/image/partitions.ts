@@ -74,6 +74,15 @@ function describe(
   };
 }
 
+/**
+ * Whether a partition's first sector is that of a FAT file system, which UEFI firmware starts from whatever type the table gives to the partition.
+ * Source: Microsoft's FAT specification 1.03: the signature, and BS_FilSysType at 54 (FAT12, FAT16) or 82 (FAT32).
+ */
+export function isFat(sector: Uint8Array): boolean {
+  if (sector.length < 512 || viewOf(sector).getUint16(510, true) !== 0xaa55) return false;
+  return [54, 82].some((offset) => latin1(sector, offset, offset + 3) === "FAT");
+}
+
 /** undefined when there is no GPT that matches its checksums. */
 function gptPartitions(start: Uint8Array, sectorBytes: number): readonly Partition[] | undefined {
   const header = start.subarray(sectorBytes, sectorBytes + GPT_HEADER_BYTES);

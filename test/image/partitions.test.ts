@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { PARTITION_TABLE_BYTES, readPartitions } from "../../provider/image/partitions.ts";
+import { isFat, PARTITION_TABLE_BYTES, readPartitions } from "../../provider/image/partitions.ts";
 import { fromFile } from "./drive.ts";
 import { patched } from "./seeds.ts";
 
@@ -91,4 +91,12 @@ test("takes a disk of zeros, a short disk and no disk for no table", () => {
 test("never throws on any cut of a table", () => {
   for (let length = 0; length < 20_000; length += 37)
     expect(["none", "mbr", "gpt"]).toContain(readPartitions(GPT.subarray(0, length)).table);
+});
+
+test("knows a FAT file system by its first sector, and no other", () => {
+  const inside = (command: readonly [string, ...string[]]) => startAfter(command).subarray(0, 512);
+  for (const bits of ["12", "16", "32"]) expect(isFat(inside(["mkfs.vfat", "-F", bits]))).toBe(true);
+  expect(isFat(inside(["mkfs.ext4", "-q", "-F"]))).toBe(false);
+  expect(isFat(GPT.subarray(0, 512))).toBe(false);
+  expect(isFat(Buffer.alloc(20))).toBe(false);
 });

@@ -100,7 +100,6 @@ describe("check", () => {
     "Secure Boot without UEFI": [{ secureBoot: true }, "secureBoot", 'set `firmware: "uefi"`'],
     "Secure Boot on a pc": [{ secureBoot: true, firmware: "uefi", machine: "pc" }, "secureBoot", "needs the chipset q35"],
     "IDE on a q35": [{ bus: "ide" }, "bus", "has no IDE"],
-    "e1000e on a pc": [{ machine: "pc", networks: [{ type: "user", model: "e1000e" }] }, "networks[0].model", 'take "e1000"'],
     "a CD-ROM on virtio": [{ disks: [{ path: "/a.iso", device: "cdrom", bus: "virtio" }] }, "disks[0].bus", "no CD-ROM on virtio"],
     "a custom CPU without a model": [{ cpu: { mode: "custom" } }, "cpu", "needs one"],
     "more CPUs than at most": [{ vcpus: 4, maxVcpus: 2 }, "maxVcpus", "more than its 2 at most"],

@@ -75,12 +75,6 @@ function* combinations(args: VirtualMachineArgs): Iterable<Finding> {
       yield { property: `${property}.name`, sentence: `two blank disks of this machine are named ${name}: choose another` };
     if (name !== undefined) names.add(name);
   }
-  for (const [index, { model }] of args.networks.entries()) {
-    if (args.machine === "pc" && model === "e1000e") {
-      const sentence = 'e1000e is a PCI Express card, which a pc machine has no slot for: take "e1000"';
-      yield { property: `networks[${index}].model`, sentence };
-    }
-  }
   yield* sizeCombinations(args);
   yield* servingCombinations(args);
   if (args.loader && args.firmware === "bios") yield { property: "loader", sentence: 'a loader is of UEFI: set `firmware: "uefi"` too' };

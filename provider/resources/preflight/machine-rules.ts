@@ -7,6 +7,7 @@ import { ownVolumes } from "../virtual-machine-spec.ts";
 import type { FolderStep, HostMachine } from "./host-facts.ts";
 import { isWritable, type MachineFacts } from "./machine-facts.ts";
 import type { Finding, Rule } from "./rule.ts";
+import type { DiskOrigin } from "./source-facts.ts";
 
 /** From here on a guest's timers and certificates suffer. */
 const MAX_CLOCK_SECONDS = 30;
@@ -488,7 +489,7 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     summary: "The boot disk has neither an EFI system partition nor another with FAT, and the machine boots by UEFI.",
     remedy: 'Set `firmware: "bios"`.',
     test: ({ boot, inputs }) =>
-      inputs.firmware === "uefi" && boot?.partitions && boot.partitions.table !== "none" && !startsByUefi(boot.partitions)
+      inputs.firmware === "uefi" && boot?.partitions && boot.partitions.table !== "none" && !startsByUefi(boot)
         ? [
             {
               property: "firmware",
@@ -507,7 +508,7 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
       const packed = boot?.packed?.package.system.firmware;
       if (packed === undefined || !boot?.partitions) return [];
       const had = packed === "efi" ? "uefi" : "bios";
-      const canStart = had === "uefi" ? startsByBios(boot.partitions, packed) : startsByUefi(boot.partitions);
+      const canStart = had === "uefi" ? startsByBios(boot.partitions, packed) : startsByUefi(boot);
       if (had === inputs.firmware || !canStart) return [];
       return [
         {
@@ -643,11 +644,13 @@ function startsByBios(partitions: PartitionTable, packedFirmware: "bios" | "efi"
   return partitions.hasBootCode && (partitions.hasBiosBootPartition || packedFirmware !== "efi");
 }
 
-/** Partitions that may hold FAT: OVMF starts EFI/BOOT/BOOTX64.EFI from any of them. Sources: the MBR's type list; UEFI 2.10, section 3.5; "basic data" of GPT. */
-const FAT_TYPES: ReadonlySet<string> = new Set(["01", "04", "06", "0b", "0c", "0e", "ebd0a0a2-b9e5-4433-87c0-68b6b72699c7"]);
+/** An MBR's extended partitions, whose logical ones are not followed. */
+const EXTENDED_TYPES: ReadonlySet<string> = new Set(["05", "0f", "85"]);
 
-function startsByUefi({ hasEfiSystemPartition, partitions }: PartitionTable): boolean {
-  return hasEfiSystemPartition || partitions.some(({ type }) => FAT_TYPES.has(type));
+/** OVMF starts EFI/BOOT/BOOTX64.EFI from any partition with FAT, whatever its type. True also where nobody looked. Source: UEFI 2.10, section 13.3. */
+function startsByUefi({ partitions, holdsFat }: DiskOrigin): boolean {
+  if (partitions === undefined || holdsFat !== false || partitions.hasEfiSystemPartition) return true;
+  return partitions.partitions.some(({ type }) => EXTENDED_TYPES.has(type));
 }
 
 /** Windows by the words of the package: VMware's `windows2019srv_64Guest`, `winXPProGuest`; VirtualBox's `Windows2019_64`. `old` is before Vista: no AHCI. */

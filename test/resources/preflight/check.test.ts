@@ -1,5 +1,5 @@
 /** Checks as a whole: they change nothing, cry no wolf, can be overruled with a reason, ask once for all, and work without a program. */
-import { readdir, stat, writeFile } from "node:fs/promises";
+import { copyFile, open, readdir, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base, vi } from "vitest";
 import { prepareGuest } from "../../../scripts/guest/guest.ts";
@@ -122,6 +122,22 @@ describe("a check", () => {
         }
       }
     }
+  });
+
+  test("blocks no disk that UEFI starts though no table says so, nor a card that its slots only seem to lack", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const { path } = await prepareGuest("raw");
+    const file = join(libvirtd.directory, "typed-linux.raw");
+    await copyFile(path, file);
+    const table = await open(file, "r+");
+    await table.write(Buffer.of(0x83), 0, 1, 450);
+    await table.close();
+    const { inputs } = await desk.checkDisk("root", { source: { file } });
+    const importedDisk = { diskId: inputs.diskId, path: inputs.path };
+    const pc = { machine: "pc", networks: [{ type: "user", model: "e1000e" }] };
+    expect((await desk.checkMachine("web", { importedDisk, memoryMiB: 256, firmware: "uefi", ...pc })).failures).toEqual([]);
   });
 
   test("says what will be done, and the machine's XML on request, once", async ({ kvm }) => {

@@ -86,9 +86,9 @@ const asked = <Facts>(rules: readonly Rule<Facts>[], facts: object, settings: Pr
 describe("a machine", () => {
   const inputs = (more: object) => ({ ...MACHINE, inputs: { ...MACHINE.inputs, ...more } });
   const host = (more: object) => ({ ...MACHINE, host: { ...MACHINE.host, ...more } });
-  const boot = (partitions: object, more: object = {}) => ({
+  const boot = (partitions: object, more: object = {}, holdsFat = false) => ({
     ...inputs(more),
-    boot: { partitions: { ...PARTITIONS, ...partitions }, packed: undefined },
+    boot: { partitions: { ...PARTITIONS, ...partitions }, holdsFat, packed: undefined },
   });
   const efi = { table: "gpt", hasEfiSystemPartition: true };
 
@@ -126,7 +126,11 @@ describe("a machine", () => {
       boot({ table: "mbr", hasBootCode: true, partitions: [{ type: "83" }] }, { firmware: "uefi" }),
       ["virtlift/bios-disk-on-uefi"],
     ],
-    "with UEFI and a FAT partition": [boot({ table: "mbr", hasBootCode: true, partitions: [{ type: "0c" }] }, { firmware: "uefi" }), []],
+    "with UEFI and a FAT partition of any type": [
+      boot({ table: "mbr", hasBootCode: true, partitions: [{ type: "83" }] }, { firmware: "uefi" }, true),
+      [],
+    ],
+    "with UEFI and logical partitions": [boot({ table: "mbr", hasBootCode: true, partitions: [{ type: "05" }] }, { firmware: "uefi" }), []],
     "with a blank disk": [boot({}), ["virtlift/nothing-to-boot"]],
     "of Windows, put on virtio": [{ ...inputs({ bus: "virtio" }), boot: { packed: packed() } }, ["virtlift/guest-driver"]],
     "of Windows that was on virtio": [{ ...inputs({ bus: "virtio" }), boot: { packed: packed({}, "virtio") } }, []],
