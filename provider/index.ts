@@ -7,6 +7,7 @@ import { homedir, userInfo } from "node:os";
 import { extname } from "node:path";
 import { Calls, engineGone, parseEngineAddress } from "./engine.ts";
 import type { Hosts } from "./host/hosts.ts";
+import type * as problems from "./resources/argument-problems.ts";
 import type * as descriptions from "./resources/machine-description.ts";
 import type { Context } from "./resources/resource.ts";
 import type { Toolbox } from "./toolbox.ts";
@@ -21,10 +22,16 @@ export const virtualMachine: Handler = serve(async () => (await import("./resour
 
 /** Reads the machine in an OVA or OVF of this machine, at once: see `resources/machine-description.ts`. */
 export function describeMachine(path: string): descriptions.MachineDescription {
-  // By require, so that the reader and its packages are loaded by those only who ask for it.
-  const load = createRequire(import.meta.url);
-  const file = `./resources/machine-description${extname(import.meta.filename)}`;
-  return (load(file) as typeof descriptions).describeMachine(path);
+  return load<typeof descriptions>("machine-description").describeMachine(path);
+}
+
+/** What is wrong with arguments by themselves, at once: see `resources/argument-problems.ts`. */
+export const argumentProblems: typeof problems.argumentProblems = (resource, given) =>
+  load<typeof problems>("argument-problems").argumentProblems(resource, given);
+
+/** By require, so that readers and their packages are loaded by those only who ask for them. */
+function load<Module>(name: string): Module {
+  return createRequire(import.meta.url)(`./resources/${name}${extname(import.meta.filename)}`) as Module;
 }
 
 /** Answers without an engine, on hosts of the caller's own: see `toolbox.ts`. `config` is the stack's configuration by full key; default: none. */

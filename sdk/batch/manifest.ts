@@ -2,6 +2,7 @@
 import { basename, dirname, extname } from "node:path";
 import { type Document, isMap, isPair, isScalar, LineCounter, type Node, parseDocument } from "yaml";
 import { z } from "zod";
+import { loadProvider } from "../provider.ts";
 import type { DeclaredHost, MachineDeclaration } from "./job.ts";
 import { parseRate } from "./words.ts";
 
@@ -199,7 +200,9 @@ export function parseManifest(text: string, path: string): Manifest {
       path,
       parsed.error.issues.flatMap(innermost).map((issue) => at(offsetOf(document, issue), sentenceOf(issue))),
     );
-  const findings = referenceFindings(parsed.data).map(({ keys, text: problem }) => at(offsetAt(document, keys), problem));
+  const findings = [...referenceFindings(parsed.data), ...argumentFindings(parsed.data)].map(({ keys, text: problem }) =>
+    at(offsetAt(document, keys), problem),
+  );
   if (findings.length > 0) throw new ManifestError(path, findings);
   return resolve(parsed.data, path);
 }
@@ -261,13 +264,42 @@ function sentenceOf(issue: Issue): string {
   return place === "" ? issue.message : `${place}: ${issue.message}`;
 }
 
+/** Something that is wrong, and the keys that lead to it. */
+interface KeyedFinding {
+  readonly keys: Keys;
+  readonly text: string;
+}
+
+/** What no `ImportedDisk` and no `VirtualMachine` takes, in the defaults and in each machine. */
+function argumentFindings({ machines, defaults = {} }: Declared): readonly KeyedFinding[] {
+  const { argumentProblems } = loadProvider();
+  const problems = (resource: Parameters<typeof argumentProblems>[0], given: unknown, place: Keys, skipped = 0): readonly KeyedFinding[] =>
+    argumentProblems(resource, given).map(({ path, message }) => {
+      const keys = [...place, ...path.slice(skipped)];
+      return { keys, text: `${keys.map(String).join(".")}: ${message}` };
+    });
+  return [
+    [["defaults"], defaults] as const,
+    ...Object.entries(machines).map(([name, each]) => [["machines", name], each] as const),
+  ].flatMap(([place, { machine = {}, disks = {}, networks = {} }]) => [
+    ...problems("VirtualMachine", machine, [...place, "machine"]),
+    ...Object.entries(disks).flatMap(([key, disk]) => (disk === false ? [] : problems("ImportedDisk", disk, [...place, "disks", key]))),
+    ...Object.entries(networks).flatMap(([key, target]) =>
+      // A network's name needs no look, nor does an interface that is left out.
+      target === false || typeof target === "string"
+        ? []
+        : problems("VirtualMachine", { networks: [target] }, [...place, "networks", key], 2),
+    ),
+  ]);
+}
+
 /** What names something that is not there, and orders that cannot be kept. */
-function referenceFindings({ machines, hosts = {}, defaults = {} }: Declared): readonly { readonly keys: Keys; readonly text: string }[] {
+function referenceFindings({ machines, hosts = {}, defaults = {} }: Declared): readonly KeyedFinding[] {
   const names = Object.keys(machines);
   const waveOf = (name: string): number => machines[name]?.wave ?? defaults.wave ?? 1;
   return names.flatMap((name) => {
     const { host = defaults.host, dependsOn = [] } = machines[name]!;
-    const found: { readonly keys: Keys; readonly text: string }[] = [];
+    const found: KeyedFinding[] = [];
     const keys = ["machines", name];
     if (host === undefined) found.push({ keys, text: `machines.${name} has no host: give it one, or all of them in defaults.host` });
     else if (!Object.hasOwn(hosts, host) && !host.includes("://"))

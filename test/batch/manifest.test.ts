@@ -74,6 +74,21 @@ test.for([
     "a secret is never written here: give { env: NAME } or { file: path }",
   ],
   ["machines: [\n", "/m.yaml:2:1: "],
+  [
+    `${MINIMAL}    machine:\n      vcpu: 2\n`,
+    "/m.yaml:6:7: machines.web.machine.vcpu: it is nothing that VirtualMachine has here: remove it or mend its name",
+  ],
+  [
+    `${MINIMAL}    machine:\n      disks:\n        - { size: 1GiB }\n`,
+    "/m.yaml:7:11: machines.web.machine.disks.0: a blank disk has a `size` and a `name`",
+  ],
+  [`defaults:\n  machine: { memoryMiB: 1 }\n${MINIMAL}`, "/m.yaml:2:14: defaults.machine.memoryMiB: "],
+  [`${MINIMAL}    disks:\n      "0": { layout: thin }\n      "1": false\n`, "/m.yaml:6:14: machines.web.disks.0.layout: "],
+  [`${MINIMAL}    networks: { a: default, b: false, "*": { typ: user } }\n`, "/m.yaml:5:46: machines.web.networks.*.typ: "],
+  [
+    `${MINIMAL}limits: { bandwidth: 50 apples }\n`,
+    '/m.yaml:5:11: limits.bandwidth: a rate is a number of bytes per second, or a string such as "50MiB"',
+  ],
 ] as const)("says where a manifest is wrong, and what would mend it: %j", ([text, sentence]) => {
   expect(() => parseManifest(text, "/m.yaml")).toThrow(sentence);
 });
