@@ -127,7 +127,7 @@ class RemoteThrottle implements Throttle {
             phase: "aborted",
           },
         );
-        for (const { reject } of this.#waiting.splice(0)) reject(this.#end);
+        for (const waiting of this.#waiting.splice(0)) waiting.reject(this.#end);
       });
     return socket;
   }

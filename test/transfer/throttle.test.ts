@@ -9,9 +9,9 @@ afterEach(() => vi.useRealTimers());
 test("lets bytes leave at its rate and no sooner, in the order in which they were asked for", async () => {
   vi.useFakeTimers({ toFake: ["performance", "setTimeout"], now: 0 });
   vi.advanceTimersByTime(10_000);
-  const { take } = createThrottle(1000 * KIB);
+  const throttle = createThrottle(1000 * KIB);
   const left: string[] = [];
-  for (const name of ["a", "b", "c"]) void take(250 * KIB).then(() => left.push(name));
+  for (const name of ["a", "b", "c"]) void throttle.take(250 * KIB).then(() => left.push(name));
   // After a pause a tenth of a second's worth goes at once.
   await vi.advanceTimersByTimeAsync(149);
   expect(left).toEqual([]);
@@ -36,19 +36,22 @@ test("cuts what is sent into pieces only where there is a limit", async () => {
   expect(taken).toEqual([256, 256, 88]);
 });
 
-test("is one limit for all who share it, and lets nobody send when its keeper is gone", async () => {
-  const shared = await shareThrottle(4000 * KIB);
+test("is one limit for all who share it", async () => {
+  await using shared = await shareThrottle(4000 * KIB);
   const users = [openThrottle(shared.setting), openThrottle(shared.setting)];
   expect(users.map(({ bytesPerSecond }) => bytesPerSecond)).toEqual([4000 * KIB, 4000 * KIB]);
   const began = performance.now();
-  await Promise.all(users.flatMap(({ take }, index) => [0, 1, 2].map(() => take.call(users[index], 200 * KIB))));
+  await Promise.all(users.flatMap((user) => [0, 1, 2].map(() => user.take(200 * KIB))));
   // 1200 KiB at 4000 KiB/s are 300 ms, of which 100 go at once.
   expect(performance.now() - began).toBeGreaterThan(190);
-  const late = users[0]!.take(200 * KIB);
-  const refused = expect(late).rejects.toThrow(ConnectionError);
-  await shared[Symbol.asyncDispose]();
-  await refused;
-  await expect(users[0]!.take(1)).rejects.toThrow("the process that limits the bandwidth of this run is gone");
+});
+
+test("lets nobody send when the process that keeps the limit is gone", async () => {
+  const shared = await shareThrottle(1);
+  const user = openThrottle(shared.setting);
+  const [late] = await Promise.allSettled([user.take(1000), shared[Symbol.asyncDispose]()]);
+  expect(late).toMatchObject({ status: "rejected", reason: expect.any(ConnectionError) as unknown });
+  await expect(user.take(1)).rejects.toThrow("the process that limits the bandwidth of this run is gone");
 });
 
 test.for(["", "0", "-1", "50MiB", "1e6", "1000 socket", "1000\n/x"])("refuses %j as a limit", (setting) => {
