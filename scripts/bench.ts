@@ -11,6 +11,7 @@ import { parseArgs } from "node:util";
 import { openKvmHost, type KvmHost } from "../test/bed/libvirtd.ts";
 import { type BenchDisk, prepareDisk } from "./bench/disks.ts";
 import type { ImportReport, ImportRequest } from "./bench/import-once.ts";
+import { benchPreview } from "./bench/preview.ts";
 import { quoteCommand } from "../provider/host/quote.ts";
 import { runCommand } from "./setup/command.ts";
 import { LIBVIRT, preparePackages, SetupError, TESTS } from "./setup/packages.ts";
@@ -50,6 +51,7 @@ try {
   if (getuid?.() !== 0) throw new SetupError("the benchmark needs root: its host is a private one, in name spaces of its own");
   await preparePackages([...LIBVIRT, ...TESTS, { debian: "e2fsprogs", brings: ["mkfs.ext4"] }]);
   await compare();
+  await benchPreview();
 } catch (error) {
   if (!(error instanceof SetupError)) throw error;
   say(`✗ ${error.message}`);
