@@ -14,6 +14,7 @@ import {
   parseDisk,
   parseInterface,
 } from "./domain-devices.ts";
+import { describeOthers, otherDevices, otherElements, type Others, type OtherWords, parseOthers } from "./domain-others.ts";
 import { element, type Element, renderXml } from "./render.ts";
 import { attribute, child, childrenOf, text } from "./tree.ts";
 import { patchXml, type XmlPatch } from "./xml-patch.ts";
@@ -167,13 +168,14 @@ export interface DomainSpec extends ObservedDomain {
 }
 
 /**
- * What libvirt chose for a machine and what must outlive a redefinition, so that the guest finds its hardware where it was: the version of the machine
- * type, the firmware's files, and the PCI addresses of disks (by path) and interfaces (by MAC).
+ * What must outlive a redefinition, so that the guest finds its hardware where it was: what libvirt chose for the machine (the version of its type, the
+ * firmware's files, the PCI addresses of disks by path and of interfaces by MAC), and what somebody else gave it.
  */
 export interface Placement {
   readonly machine: string;
   readonly firmwareFiles: readonly XmlElement[];
   readonly addresses: Addresses;
+  readonly others: Others;
 }
 
 /**
@@ -210,6 +212,7 @@ export function renderDomain(spec: DomainSpec, placement?: Placement): string {
     element("on_reboot", {}, "restart"),
     element("on_crash", {}, "destroy"),
     element("devices", {}, ...deviceElements(spec, placement)),
+    ...(placement ? otherElements(placement.others) : []),
   );
   return renderXml(patchXml(domain, spec.xmlPatches ?? []));
 }
@@ -356,6 +359,7 @@ function deviceElements(spec: DomainSpec, placement: Placement | undefined): rea
     watchdog === undefined ? undefined : element("watchdog", { model: WATCHDOG, action: watchdog }),
     element("memballoon", { model: spec.hasBalloon ? "virtio" : "none" }),
     spec.hasRng ? element("rng", { model: "virtio" }, element("backend", { model: "random" }, "/dev/urandom")) : undefined,
+    ...(placement ? otherDevices(placement.others, graphics?.type) : []),
   ];
 }
 
@@ -400,8 +404,8 @@ export function parseDomain(xml: string): ObservedDomain {
   };
 }
 
-/** Reads from the inactive domain XML what a redefinition must keep. Throws as `parseDomain`. */
-export function parsePlacement(xml: string): Placement {
+/** Reads from the inactive domain XML what a redefinition must keep, but for what `patches` speak of. Throws as `parseDomain`. */
+export function parsePlacement(xml: string, patches: readonly XmlPatch[] = []): Placement {
   const domain = parseXml(xml, "the domain XML");
   const os = child(domain, "os");
   const devices = child(domain, "devices");
@@ -417,7 +421,13 @@ export function parsePlacement(xml: string): Placement {
     machine: attribute(child(os, "type"), "machine") ?? "",
     firmwareFiles: childrenOf(os).filter(({ name }) => name === "loader" || name === "nvram"),
     addresses,
+    others: parseOthers(domain, patches),
   };
+}
+
+/** What of a machine no property of ours knows. Throws as `parseDomain`. */
+export function parseOtherWords(xml: string): OtherWords {
+  return describeOthers(parseXml(xml, "the domain XML"));
 }
 
 /** `pc-q35-7.2` -> `q35`, `pc-i440fx-7.2` -> `pc`: libvirt writes the version that the alias stood for. */

@@ -2,7 +2,8 @@
 import { isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { DOMAIN_XML } from "../libvirt/constants.ts";
-import { type ObservedDomain, parseDomain } from "../libvirt/domain.ts";
+import type { OtherWords } from "../libvirt/domain-others.ts";
+import { type ObservedDomain, parseDomain, parseOtherWords } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { tell } from "./preflight/preflight.ts";
 import type { Context } from "./resource.ts";
@@ -49,6 +50,8 @@ export const ADOPTED = [
 /** A machine that is to be adopted. */
 export interface Adopted {
   readonly defined: ObservedDomain;
+  /** What of it no property knows. */
+  readonly others: OtherWords;
   /** Its identity, and the properties of `ADOPTED`. */
   readonly inputs: MachineInputs;
 }
@@ -66,7 +69,8 @@ export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineA
     const remedy = names.length > 0 ? `it has ${names.join(", ")}` : "it has none";
     throw new PlacementError("adopt", `there is no machine ${name ?? uuid} on ${host.label}: ${remedy}`);
   }
-  const defined = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
+  const xml = await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive);
+  const defined = parseDomain(xml);
   const owner = defined.metadata?.origin;
   if (owner !== undefined && owner !== origin) {
     throw new PlacementError(
@@ -83,14 +87,18 @@ export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineA
     powerState: await powerStateOf({ libvirt, domain }),
     autostart: await libvirt.domainGetAutostart(domain),
   };
-  return { defined, inputs: found as unknown as MachineInputs };
+  return { defined, others: parseOtherWords(xml), inputs: found as unknown as MachineInputs };
 }
 
 /** Says what adoption changes of the machine as it is defined, a line for each property; what a running guest cannot take comes at its next start. */
-export function tellAdoption(context: Context, inputs: MachineInputs, defined: ObservedDomain): void {
+export function tellAdoption(context: Context, inputs: MachineInputs, { defined, others }: Adopted): void {
   const drift = Object.entries(driftOf(inputs, defined, { isSnapshot: () => false, sizes: new Map() }));
   const say = (line: string): void => tell(context, "info", `${nameOf(inputs.origin)}: ${line}`);
-  say(`the machine ${defined.name} (${defined.uuid}) is adopted and not restarted; devices that no property knows leave its definition`);
+  say(`the machine ${defined.name} (${defined.uuid}) is adopted and not restarted`);
+  if (others.staying.length > 0) say(`adoption leaves alone what no property knows: ${others.staying.join(", ")}`);
+  if (others.going.length > 0) {
+    say(`adoption takes out of the definition, unless \`xmlPatches\` say it: ${others.going.join(", ")}`);
+  }
   for (const [property, value] of drift) {
     say(
       `adoption changes ${property} from ${JSON.stringify(value) ?? "none"} to ${JSON.stringify(inputs[property as keyof MachineInputs]) ?? "none"}`,

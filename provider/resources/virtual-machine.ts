@@ -17,7 +17,7 @@ import {
   renderMetadata,
 } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
-import { PatchError } from "../libvirt/xml-patch.ts";
+import { PatchError, type XmlPatch } from "../libvirt/xml-patch.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
 import { machinesReaching } from "./file-users.ts";
 import { assertHome, type Home, homeOf } from "./home.ts";
@@ -139,7 +139,7 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
       { ...identified, host: args.host },
       adopted ? { ...adopted.inputs, host: args.host } : olds,
     );
-    if (adopted) tellAdoption(context, inputs, adopted.defined);
+    if (adopted) tellAdoption(context, inputs, adopted);
     return {
       inputs,
       failures: conclude(context, inputs, await judgeInputs(context, opened, inputs, { olds, settings, ownUuid: adopted?.inputs.uuid })),
@@ -389,7 +389,7 @@ async function create(context: Context, inputs: MachineInputs) {
   }
   if (existing && isMade && !isAdopted) throw new Error(otherStateRefusal(existing.defined, host.label));
   const volumes = existing?.defined.metadata?.volumes ?? [];
-  const domain = await define({ context, host, inputs, existing, volumes, declaredPaths: inputs.diskPaths });
+  const domain = await define({ context, host, inputs, existing, volumes, declaredPaths: inputs.diskPaths, declaredPatches: [] });
   const state = await settle({ context, host, libvirt, domain }, inputs, { mustWait: !isAdopted });
   return { id: inputs.uuid, state };
 }
@@ -403,13 +403,15 @@ interface Definition {
   readonly volumes: readonly OwnVolume[];
   /** Where the disks lay by the last definition of ours. */
   readonly declaredPaths: readonly string[];
+  /** The patches that the last definition of ours was made with. */
+  readonly declaredPatches: readonly XmlPatch[];
 }
 
 /**
  * Makes the machine's own volumes, defines it over what is defined, and changes what runs as far as that can be. Which volumes are being made stands in
  * the definition first, so that a kill at any time leaves nothing that is not known to be ours. When it fails, what was there before is there again.
  */
-async function define({ context, host, inputs, existing, volumes, declaredPaths }: Definition): Promise<Domain> {
+async function define({ context, host, inputs, existing, volumes, declaredPaths, declaredPatches }: Definition): Promise<Domain> {
   const libvirt = await host.libvirt();
   const missing = ownVolumes(inputs).filter(({ path }) => !volumes.some((volume) => volume.path === path && !volume.isUnfinished));
   const others = volumes.filter(({ path }) => !missing.some((plan) => plan.path === path));
@@ -420,6 +422,7 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
     return existing && isSnapshot ? withSnapshots(context, keepSnapshots(spec, existing.defined, isSnapshot), spec) : spec;
   };
   const spec = wanted(false);
+  const patches = [...declaredPatches, ...(inputs.xmlPatches ?? [])];
   const made: string[] = [];
   let marked = existing?.domain;
   try {
@@ -434,7 +437,7 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths 
       made.push(plan.path);
     }
     if (existing && isDefined(existing.defined, spec)) return existing.domain;
-    const domain = await libvirt.domainDefineXMLFlags(renderDomain(spec, existing && parsePlacement(existing.xml)));
+    const domain = await libvirt.domainDefineXMLFlags(renderDomain(spec, existing && parsePlacement(existing.xml, patches)));
     if ((await powerStateOf({ libvirt, domain })) !== "stopped") await changeLive({ context, host, libvirt, domain }, spec);
     return domain;
   } catch (error) {
@@ -551,7 +554,8 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
       );
     }
   }
-  const domain = await define({ context, host, inputs: news, existing, volumes, declaredPaths: olds.diskPaths });
+  const declaredPatches = olds.xmlPatches ?? [];
+  const domain = await define({ context, host, inputs: news, existing, volumes, declaredPaths: olds.diskPaths, declaredPatches });
   const guest: Guest = { context, host, libvirt, domain };
   const defined = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
   for (const path of await growVolumes(guest, ownVolumes(news), defined)) context.log("info", `${news.name}: ${path} has grown`);

@@ -10,6 +10,7 @@ import {
   MACHINE_NAMESPACE,
   MACHINE_PREFIX,
   parseDomain,
+  parseOtherWords,
   parsePlacement,
   renderDomain,
   renderMetadata,
@@ -17,6 +18,7 @@ import {
 import { hasHardware } from "../../provider/resources/virtual-machine-spec.ts";
 import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
 import { generateDomain } from "./domain-generator.ts";
+import type { XmlPatch } from "../../provider/libvirt/xml-patch.ts";
 
 const test = base.extend<{ readonly libvirtd: Libvirtd }>({
   libvirtd: [
@@ -264,6 +266,27 @@ test("a redefinition leaves the machine type's version and the PCI addresses of 
     expect(after.addresses.get(key)).toEqual(before.addresses.get(key));
   }
   await libvirt.domainUndefineFlags(domain, 0);
+});
+
+test("what somebody else gave a machine stays with it, but for what patches speak of and what its screen does not carry", () => {
+  const given = renderDomain(plain)
+    .replace("<devices>", '<iothreads>2</iothreads><maxMemory slots="2">1</maxMemory><devices>')
+    .replace(
+      "</devices>",
+      `<hostdev mode="subsystem" type="pci"><source><address bus="0x03"/></source></hostdev><memory model="dimm"/>
+       <sound model="ich9"/><audio id="1" type="none"/><redirdev bus="usb" type="spicevmc"/></devices>`,
+    );
+  const again = (patches: readonly XmlPatch[], graphics = plain.graphics) =>
+    renderDomain({ ...plain, graphics }, parsePlacement(given, patches));
+  expect(again([])).toMatch(/<hostdev [^]*<address bus="0x03"\/>[^]*<sound [^]*<audio [^]*<iothreads>2</);
+  expect(again([])).not.toMatch(/<memory model|maxMemory|redirdev/);
+  expect(again([], { type: "spice" })).toContain('<redirdev bus="usb" type="spicevmc"/>');
+  expect(again([{ path: "devices/sound", remove: true }])).not.toMatch(/<sound|<audio/);
+  expect(again([{ path: "", add: "<iothreads>4</iothreads>" }])).not.toContain("iothreads");
+  expect(parseOtherWords(given)).toEqual({
+    staying: ["iothreads", "hostdev (pci)", "sound (ich9)", "redirdev (spicevmc)"],
+    going: ["maxMemory", "memory (dimm)"],
+  });
 });
 
 test("metadata that is set on a machine is read as if it had been defined with it", async ({ libvirtd }) => {

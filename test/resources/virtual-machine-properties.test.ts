@@ -352,7 +352,8 @@ describe("adoption", () => {
     const uuid = "b7f0d1a2-3c4d-4e5f-8a9b-0c1d2e3f4a5b";
     await writeFile(
       file,
-      `<domain type="qemu"><name>old</name><uuid>${uuid}</uuid><title>Old one</title><memory unit="MiB">96</memory><vcpu>2</vcpu>
+      `<domain type="qemu"><name>old</name><uuid>${uuid}</uuid><title>Old one</title><memory unit="MiB">96</memory><vcpu>2</vcpu><iothreads>1</iothreads>
+        <cputune><shares>512</shares></cputune>
         <os><type arch="x86_64" machine="pc-i440fx-6.2">hvm</type><boot dev="hd"/></os><features><acpi/></features><clock offset="localtime"/>
         <devices>
           <disk type="file" device="disk"><driver name="qemu" type="qcow2"/><source file="${path}"/><target dev="vda" bus="virtio"/></disk>
@@ -360,6 +361,8 @@ describe("adoption", () => {
           <interface type="network"><mac address="52:54:00:0a:0b:0c"/><source network="default"/><model type="e1000"/></interface>
           <serial type="pty"><log file="${join(libvirtd.directory, "old.log")}"/></serial>
           <graphics type="vnc" autoport="yes" listen="127.0.0.1"/>
+          <sound model="ich6"/><parallel type="null"/>
+          <channel type="unix"><target type="virtio" name="org.example.0"/></channel><channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0"/></channel>
         </devices></domain>`,
     );
     await libvirtd.virsh("define", file);
@@ -385,7 +388,13 @@ describe("adoption", () => {
       networks: [{ network: "default", mac: "52:54:00:0a:0b:0c", model: "e1000" }],
       disks: [{ path: data, serial: "d1" }],
     });
-    expect(desk.logged.join("\n")).toContain(`the machine old (${uuid}) is adopted and not restarted`);
+    expect(desk.logged).toEqual(
+      expect.arrayContaining([
+        `info: mine: the machine old (${uuid}) is adopted and not restarted`,
+        "info: mine: adoption leaves alone what no property knows: iothreads, parallel (null), channel (org.example.0), sound (ich6)",
+        "info: mine: adoption takes out of the definition, unless `xmlPatches` say it: shares of cputune",
+      ]),
+    );
     expect(desk.logged).toContainEqual('info: mine: adoption changes title from "Old one" to "Mine"');
     expect(desk.logged.join("\n")).not.toMatch(/changes (memoryMiB|vcpus|networks|clock|bus|machine)/);
     expect(await libvirtd.virsh("dumpxml", "old")).not.toContain("virtlift.dev");
@@ -396,6 +405,8 @@ describe("adoption", () => {
     const xml = await libvirtd.virsh("dumpxml", "old", "--inactive");
     expect(xml).toContain("pc-i440fx-6.2");
     expect(xml).toContain('origin="acme/shop/prod/mine"');
+    const others = ["<iothreads>1<", "<sound model='ich6'>", "<parallel type='null'>", "name='org.example.0'"];
+    expect(others.filter((words) => !xml.includes(words))).toEqual([]);
     expect(await desk.failures({ ...news, origin: "acme/shop/prod/theirs" })).toEqual([
       { property: "adopt", reason: expect.stringContaining("belongs to acme/shop/prod/mine") },
     ]);
