@@ -67,6 +67,8 @@ export interface DiskState extends DiskInputs, Home {
   readonly verified?: "digest" | "content";
   /** Set where the bytes went through libvirt's upload stream: a raw volume then carries no stamp. */
   readonly isUploaded?: true | undefined;
+  /** As `ImportResult.importedAt`, of what was uploaded: its volume was never written before. Absent in older states. */
+  readonly uploadedAt?: number | undefined;
   /** Where the file system of its folder was mounted when it was imported; undefined where nobody could tell. */
   readonly mountPoint?: string | undefined;
 }
@@ -191,8 +193,9 @@ async function changeOf(context: Context, olds: DiskInputs, news: DiskInputs): P
 
 async function wasWritten(host: Host, olds: DiskInputs): Promise<boolean> {
   const { file } = await lookAtPlace(host, olds);
+  if (file === undefined || file.untouched === true) return false;
   // The inputs do not tell whether a raw volume without a stamp came by an upload: it may have.
-  return file !== undefined && isOurs(file, { ...olds, isUploaded: true }) && !file.untouched;
+  return file.stamp === undefined ? olds.format === "raw" : file.stamp.importId === olds.importId;
 }
 
 /** What will be done, in lines that change from run to run and so are no inputs. */
@@ -285,7 +288,7 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
       ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${DONE[onHost.mode]} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
       : `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
   );
-  const { sourceDigest, contentDigest, allocatedBytes } = result;
+  const { sourceDigest, contentDigest, allocatedBytes, importedAt } = result;
   return {
     virtualSizeBytes,
     allocatedBytes,
@@ -293,7 +296,7 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     contentDigest,
     verified,
     mountPoint,
-    ...(uploadReason !== undefined && { isUploaded: true }),
+    ...(uploadReason !== undefined && { isUploaded: true, uploadedAt: importedAt }),
   };
 }
 
@@ -340,7 +343,7 @@ async function read(context: Context, id: string, state: DiskState) {
 
 function inputsOf(state: DiskState): DiskInputs {
   const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, verified: _w, ...rest } = state;
-  const { isUploaded: _u, mountPoint: _m, hostUuid: _h, ...inputs } = rest;
+  const { isUploaded: _u, uploadedAt: _t, mountPoint: _m, hostUuid: _h, ...inputs } = rest;
   return inputs;
 }
 
@@ -366,8 +369,9 @@ function assertMounted(host: Host, state: DiskState, mountPoint: string | undefi
 /** Nothing on the host changes: what would change the disk replaces it. */
 async function update(_context: Context, _id: string, olds: DiskState, news: DiskInputs): Promise<DiskState> {
   const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified = "digest" } = olds;
-  const { isUploaded, mountPoint, hostUuid } = olds;
-  return { ...news, virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified, isUploaded, mountPoint, hostUuid };
+  const { isUploaded, uploadedAt, mountPoint, hostUuid } = olds;
+  const found = { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified };
+  return { ...news, ...found, isUploaded, uploadedAt, mountPoint, hostUuid };
 }
 
 async function remove(context: Context, _id: string, state: DiskState): Promise<void> {
@@ -419,8 +423,13 @@ async function remove(context: Context, _id: string, state: DiskState): Promise<
   if (uploadReason === undefined) await removeStamp(host, state.path, state.importId);
 }
 
-/** Whether a volume is the one that was imported: by its stamp, or by the state where a raw one could not get any. */
-function isOurs(file: VolumeFile, state: Pick<DiskState, "importId" | "format" | "isUploaded">): boolean {
+/**
+ * Whether a volume is the one that was imported: by its stamp, or by the state where a raw one could not get any. Its guest may have written all of
+ * that, but neither changed its size nor its past.
+ */
+function isOurs(file: VolumeFile, state: DiskState): boolean {
   if (file.stamp !== undefined) return file.stamp.importId === state.importId;
-  return state.isUploaded === true && state.format === "raw";
+  if (state.isUploaded !== true || state.format !== "raw") return false;
+  if (file.modifiedAt === undefined) return file.sizeBytes === state.allocatedBytes;
+  return file.sizeBytes === state.virtualSizeBytes && Number(file.modifiedAt) >= (state.uploadedAt ?? 0);
 }

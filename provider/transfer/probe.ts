@@ -22,7 +22,7 @@ printf 'mounted %s\\n' "$(findmnt -n -r -o FSTYPE,OPTIONS -T "$folder" 2>/dev/nu
 printf 'user %s\\n' "$(id -un)"
 printf 'free %s\\n' "$(df --output=avail -B1 -- "$folder" 2>/dev/null | tail -n 1)"
 if [ -e "$final" ] || [ -L "$final" ]; then
-  printf 'file %s\\n' "$(stat -c '%i %.9Y %b' -- "$final")"
+  printf 'file %s\\n' "$(stat -c '%i %.9Y %b %s' -- "$final")"
 fi
 work=$folder/${WORK_FOLDER}
 if [ -f "$work/$id.part" ]; then printf 'part %s\\n' "$(($(stat -c %b -- "$work/$id.part") * 512))"; fi
@@ -74,6 +74,8 @@ export interface VolumeFile {
   /** Seconds since 1970 with nine decimals; undefined where no such time tells of writes. */
   readonly modifiedAt: string | undefined;
   readonly allocatedBytes: number;
+  /** Bytes of the file or the device. */
+  readonly sizeBytes: number;
 }
 
 /** Looks at the place of a volume on the host. `id` is the import's. Changes nothing. Throws ConnectionError, or CommandError where there is no shell. */
@@ -113,10 +115,10 @@ async function volumeFile(
   stat: string | undefined,
   sidecar: string | undefined,
 ): Promise<VolumeFile | undefined> {
-  const [inode, modified, blocks] = stat?.split(" ") ?? [];
+  const [inode, modified, blocks, size] = stat?.split(" ") ?? [];
   if (inode === undefined || modified === undefined) return undefined;
   const stamp = sidecar?.startsWith(`${inode} `) ? parseStamp(sidecar.slice(inode.length + 1)) : stampInside(await headOf(host, path));
-  const file = { stamp, modifiedAt: modified, allocatedBytes: Number(blocks) * 512 };
+  const file = { stamp, modifiedAt: modified, allocatedBytes: Number(blocks) * 512, sizeBytes: Number(size) };
   return { ...file, untouched: isUntouched(file) };
 }
 

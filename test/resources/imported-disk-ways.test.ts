@@ -147,7 +147,23 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
     expect((await caller.check("stranger", { format: "raw", name: "plain" })).failures).toMatchObject([
       { property: "name", reason: expect.stringContaining("exists on") },
     ]);
-    await importedDisk.delete(caller.context, state.diskId, state);
+    // Another file of that name: of another size, or of the same size and older than the import.
+    const refusal = /is not the disk that was imported there and is not deleted/;
+    const sizeBytes = caller.guest.length;
+    await kvm.run("mv", state.path, `${state.path}.own`);
+    for (const make of [`truncate -s ${sizeBytes + 512}`, `truncate -s ${sizeBytes}`]) {
+      await kvm.run("sh", "-c", `${make} ${state.path}; touch -d 2020-01-01 ${state.path}`);
+      await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(refusal);
+      await kvm.run("rm", state.path);
+    }
+    await kvm.run("truncate", "-s", String(sizeBytes + 512), state.path);
+    await expect(importedDisk.delete(caller.context, state.diskId, state)).rejects.toThrow(refusal);
+    await kvm.run("mv", `${state.path}.own`, state.path);
+    // What its guest wrote makes no other disk of it; nor does a state of before that was written down.
+    await kvm.run("sh", "-c", `echo guest | dd of=${state.path} conv=notrunc status=none`);
+    const { uploadedAt, ...older } = state;
+    expect(uploadedAt).toBeGreaterThan(1.7e9);
+    await importedDisk.delete(caller.context, state.diskId, older);
     expect(await readdir(kvm.poolPath)).toEqual([]);
   });
 
