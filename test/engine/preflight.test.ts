@@ -9,10 +9,11 @@ const PROGRAM = `
 import { Config } from "@pulumi/pulumi";
 import { ImportedDisk } from "virtlift";
 const config = new Config();
-export const { path } = new ImportedDisk("root", { source: { file: config.require("file") }, preflight: config.getObject("preflight") });
+const args = { source: { file: config.require("file") }, preflight: config.getObject("preflight") };
+for (const name of ["root", "spare"]) new ImportedDisk(name, args);
 `;
 
-test("a preview fails with all findings of a resource, goes on where they are waived, and the reason is in the state", async () => {
+test("a preview fails with all findings of the first resource that is blocked, goes on where they are waived, and the reason is in the state", async () => {
   await using pulumi = await openPulumi();
   await using libvirtd = await openLibvirtd();
   const file = join(libvirtd.directory, "plain.qcow2");
@@ -25,8 +26,11 @@ test("a preview fails with all findings of a resource, goes on where they are wa
   const project = await pulumi.openProject(PROGRAM, { config });
   const refused = await project.run("preview");
   expect(refused.exitCode).not.toBe(0);
-  expect(refused.stdout).toContain("(virtlift/no-checksum)");
-  expect(refused.stdout).toContain("(virtlift/empty-image)");
+  const told = [...refused.stdout.matchAll(/resource '(\w+)' has a problem: .*\((virtlift\/[a-z-]+)\)/g)].map(
+    ([, name, rule]) => `${name} ${rule}`,
+  );
+  // The engine asks for no other resource once one has failed.
+  expect(new Set(told)).toEqual(new Set(["root virtlift/no-checksum", "root virtlift/empty-image"]));
 
   const reason = "a template without content";
   await project.mustRun(
