@@ -1,13 +1,13 @@
 /** VirtualMachine on a real QEMU without a guest system: what it is made of, what drifts, what is adopted, and that what fails leaves no trace. */
 import { existsSync } from "node:fs";
-import { mkdir, readdir, rm, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
-import type { Libvirtd } from "../bed/libvirtd.ts";
-import { machineFixtures, type MachineFixtures } from "./machine-bench.ts";
+import { type Libvirtd, openKvmHost } from "../bed/libvirtd.ts";
+import { machineFixtures, type MachineFixtures, openMachineBench } from "./machine-bench.ts";
 
 const test = base.extend<MachineFixtures>(machineFixtures());
 
@@ -325,6 +325,50 @@ test("a machine whose disk is the base of another one's, in whatever pool, is no
   await virtualMachine.delete(desk.context, made.id, made.state);
   expect([...(await readdir(libvirtd.poolPath)), ...(await readdir(folder))].filter((name) => name.includes("-boot"))).toEqual([]);
 });
+
+describe("what a host's kernel gives", () => {
+  test("is asked for in preview, and a machine on huge pages and on a device of the host starts where it is there", async ({ desk }) => {
+    await using kvm = await openKvmHost();
+    // The bed's own shows the devices of the machine that runs the test.
+    await kvm.run("mount", "-t", "sysfs", "none", "/sys");
+    const [device] = /\bvl\w+i\b/.exec(await kvm.run("ls", "/sys/class/net")) ?? [];
+    const news = {
+      ...(await machine(kvm, "kernel", { hugepages: "2MiB", networks: [{ direct: device, mode: "private", model: "virtio" }] })),
+      host: { uri: kvm.sshUri(), identityFile: kvm.sshd.clientKey.path, knownHostsFile: kvm.sshd.knownHostsFile },
+    };
+    const properties = async (args: object) => (await desk.failures(args)).map(({ property }) => property);
+    await using pages = await reserveHugepages(64 / 2);
+    expect(await properties({ ...news, memoryMiB: pages.count * 2 + 16 })).toEqual(["hugepages"]);
+    expect(await properties({ ...news, networks: [{ direct: "none0" }] })).toEqual(["networks[0].direct", "hugepages"]);
+
+    // The bed's /dev is no devtmpfs, where the kernel would show the tap of a macvtap.
+    await kvm.run("sh", "-c", "mkdir /run/kernel && mount -t devtmpfs none /run/kernel");
+    await kvm.run("sh", "-c", "for number in $(seq 0 99); do ln -s /run/kernel/tap$number /dev/tap$number; done");
+    await kvm.run("sh", "-c", "mkdir /dev/hugepages && mount -t hugetlbfs none /dev/hugepages");
+    await kvm.killDaemon();
+    await using later = openMachineBench();
+    const inputs = await later.checked(news);
+    const { id, state } = await virtualMachine.create(later.context, inputs);
+    expect(state).toMatchObject({ powerState: "running", restartPending: false });
+    expect(await kvm.virsh("domiflist", "kernel")).toMatch(new RegExp(`macvtap\\d+ +direct +${device} +virtio`));
+    expect(await pages.free()).toBe(pages.count - 64 / 2);
+    expect(await virtualMachine.read(later.context, id, state)).toEqual({ id, state, inputs });
+    await virtualMachine.delete(later.context, id, state);
+  }, 60_000);
+});
+
+/** Reserves huge pages of 2 MiB on this machine, beside those that are reserved already, and gives them back. */
+async function reserveHugepages(more: number) {
+  const folder = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+  const read = async (name: string): Promise<number> => Number(await readFile(join(folder, name), "utf8"));
+  const before = await read("nr_hugepages");
+  await writeFile(join(folder, "nr_hugepages"), String(before + more));
+  return {
+    count: await read("nr_hugepages"),
+    free: () => read("free_hugepages"),
+    [Symbol.asyncDispose]: () => writeFile(join(folder, "nr_hugepages"), String(before)),
+  };
+}
 
 describe("patches", () => {
   test.for([
