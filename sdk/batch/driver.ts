@@ -12,7 +12,7 @@ import type { SourceSpec } from "../../provider/transfer/source.ts";
 import { diskSource, packageIn, packagePath } from "../package-source.ts";
 import { loadProvider } from "../provider.ts";
 import { batchOwner, lockBatch } from "./driver-lock.ts";
-import { type BatchEvent, parseProgress, type Phase } from "./events.ts";
+import { type BatchEvent, parseFinding, parseProgress, type Phase } from "./events.ts";
 import { openStateFolder, type StateFolder } from "./folder.ts";
 import { runHook } from "./hooks.ts";
 import type { Job, Operation, Outcome, Step, WorkerEvent } from "./job.ts";
@@ -117,7 +117,7 @@ function passphraseOf(manifest: Manifest, environment: Readonly<Record<string, s
   if (passphrase !== undefined)
     return "file" in passphrase
       ? { PULUMI_CONFIG_PASSPHRASE_FILE: resolve(dirname(manifest.path), passphrase.file) }
-      : { PULUMI_CONFIG_PASSPHRASE: readSecret(passphrase) };
+      : { PULUMI_CONFIG_PASSPHRASE: readSecret(passphrase, { environment, folder: dirname(manifest.path) }) };
   if (
     manifest.backend === undefined &&
     environment["PULUMI_CONFIG_PASSPHRASE"] === undefined &&
@@ -242,12 +242,13 @@ export class Batch implements AsyncDisposable {
     const slots = new Slots(this.manifest.limits.total ?? availableParallelism());
     const previewed = await Promise.all(machines.map((machine) => slots.run(() => this.#preview(machine, save))));
     const surveys = new Map<string, HostSurvey>();
+    const scope = { environment: this.#parts.environment, folder: dirname(this.manifest.path) };
     await Promise.all(
       [...new Map(machines.map(({ declaration }) => [declaration.host.uri, declaration.host]))].map(
         async ([uri, { passphrase, password, ...host }]) => {
           const secrets = {
-            ...(passphrase && { passphrase: readSecret(passphrase) }),
-            ...(password && { password: readSecret(password) }),
+            ...(passphrase && { passphrase: readSecret(passphrase, scope) }),
+            ...(password && { password: readSecret(password, scope) }),
           };
           // A host that cannot be asked fails the previews of its machines, which say why.
           const survey = await tools.surveyHost({ ...host, ...secrets }).catch(() => undefined);
@@ -276,7 +277,7 @@ export class Batch implements AsyncDisposable {
     }
     const planFile = save ? join(folder.plans, `${machine.name}.json`) : undefined;
     const outcome = await workers.run({ ...job, planFile }, (event) => {
-      if (event.event === "line") findings.push({ level: event.level === "error" ? "block" : event.level, text: event.text });
+      if (event.event === "line") findings.push({ level: event.level === "error" ? "block" : event.level, ...parseFinding(event.text) });
       else if (event.event === "begun") steps.set(`${event.step.kind} ${event.step.name}`, event.step);
     });
     if (!outcome.ok) {

@@ -34,6 +34,12 @@ export type BatchEvent =
       readonly reasons: readonly string[];
     };
 
+/** What the preview says of a rule, and the user's reason where the rule was changed for it. Source: `conclude` in provider/resources/preflight/preflight.ts. */
+export function parseFinding(line: string): { readonly text: string; readonly waiver?: string } {
+  const [, text, waiver] = /^(.* \(virtlift\/[a-z0-9-]+\)); (?:waived|no block): (.+)$/.exec(line) ?? [];
+  return text === undefined || waiver === undefined ? { text: line } : { text, waiver };
+}
+
 const PROGRESS = /^(\S+): (\d{1,3}) % of ([\d.]+ \w+), ([\d.]+ \w+\/s), (.{1,30}) left$/;
 
 /** A copy's progress from the line that the provider logs of it; undefined when the line says something else. Source: `tellProgress` in provider/transfer/progress.ts. */

@@ -8,6 +8,8 @@ import { formatBytes } from "./words.ts";
 export interface Finding {
   readonly level: "block" | "warn" | "info";
   readonly text: string;
+  /** The user's reason for giving its rule another level, or none. */
+  readonly waiver?: string | undefined;
 }
 
 /** What is known of a machine once it was previewed. */

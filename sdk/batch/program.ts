@@ -4,12 +4,12 @@ import { MigratedMachine, type MigratedMachineArgs } from "../migrated-machine.t
 import type { Host } from "../values.ts";
 import { VirtualMachine, type VirtualMachineArgs } from "../virtual-machine.ts";
 import type { DeclaredHost, Job } from "./job.ts";
-import { readSecret } from "./secrets.ts";
+import { readSecret, type SecretScope } from "./secrets.ts";
 
 /** Declares the job's machine. What the manifest's maps hold is checked by the classes and by the provider, like that of any program. */
-export function declareMachine({ stack, declaration, description }: Job): void {
+export function declareMachine({ stack, declaration, description, programFolder }: Job): void {
   const { source, disks, machine, networks, pools, name, migrationRef } = declaration;
-  const host = hostOf(declaration.host);
+  const host = hostOf(declaration.host, { environment: process.env, folder: programFolder });
   const given = { ...(name !== undefined && { name }) };
   const migration = { ...(migrationRef !== undefined && { migrationRef }) };
   if (description !== undefined) {
@@ -39,11 +39,11 @@ export function declareMachine({ stack, declaration, description }: Job): void {
 }
 
 /** The host with its secrets read. Throws Error naming the place that has none. */
-function hostOf({ passphrase, password, ...open }: DeclaredHost): Host {
+function hostOf({ passphrase, password, ...open }: DeclaredHost, scope: SecretScope): Host {
   return {
     ...open,
-    ...(passphrase !== undefined && { passphrase: readSecret(passphrase) }),
-    ...(password !== undefined && { password: readSecret(password) }),
+    ...(passphrase !== undefined && { passphrase: readSecret(passphrase, scope) }),
+    ...(password !== undefined && { password: readSecret(password, scope) }),
   };
 }
 

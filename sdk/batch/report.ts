@@ -293,7 +293,7 @@ ${reasons.map((reason) => `<p class="reason">${escape(reason)}</p>`).join("\n")}
 <dl>${shown.map(([key, value]) => `<div><dt>${escape(key)}</dt><dd>${escape(value)}</dd></div>`).join("")}</dl>
 ${disks.length === 0 ? "" : `<div class="scroll"><table><thead><tr><th>Disk</th><th class="number">Virtual</th><th class="number">Stored</th><th>Digests</th></tr></thead><tbody>${disks.join("\n")}</tbody></table></div>`}
 ${worked.length === 0 ? "" : `<p class="phases">${worked.map(({ what, beganMs, endedMs, isOk }) => `<span${isOk ? "" : ' class="bad"'}>${escape(what)} <b>${endedMs === undefined ? "did not end" : formatSeconds((endedMs - beganMs) / 1000)}</b></span>`).join(" ")}</p>`}
-${findings.length === 0 ? "" : `<details${findings.some(({ level }) => level === "block") ? " open" : ""}><summary>${findings.length} ${findings.length === 1 ? "finding" : "findings"} of the last plan</summary><ul>${findings.map((finding) => `<li class="${finding.level}"><b>${finding.level}</b> ${escape(finding.text)}</li>`).join("")}</ul></details>`}
+${findings.length === 0 ? "" : `<details${findings.some(({ level }) => level === "block") ? " open" : ""}><summary>${findings.length} ${findings.length === 1 ? "finding" : "findings"} of the last plan</summary><ul>${findings.map((finding) => `<li class="${finding.level}"><b>${finding.level}</b> ${escape(finding.text)}${finding.waiver === undefined ? "" : ` <span class="waiver">waived: ${escape(finding.waiver)}</span>`}</li>`).join("")}</ul></details>`}
 </section>`;
 }
 
@@ -362,7 +362,7 @@ code { font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; ov
 .phases .bad { color: var(--bad); }
 details { margin-top: .8rem; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); }
 ul { margin: .5rem 0 0; padding-left: 1.1rem; } li { overflow-wrap: anywhere; margin: .2rem 0; }
-li.block b { color: var(--bad); } li.warn b { color: var(--warn); } li.info b { color: var(--soft); }
+li.block b { color: var(--bad); } li.warn b { color: var(--warn); } li.info b { color: var(--soft); } .waiver { color: var(--copy); }
 svg { display: block; width: 100%; min-width: 640px; height: auto; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .label { fill: var(--ink); }
 .grid { stroke: var(--line); } rect.operation { fill: var(--work); } rect.copy { fill: var(--copy); } rect.machine { fill: var(--make); } rect.bad { fill: var(--bad); }

@@ -214,8 +214,10 @@ function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolea
   stdout.write(`${formatTable(heading, rows).join("\n")}\n`);
   for (const level of ["info", "warn", "block"] as const)
     for (const { machine, findings } of machines)
-      for (const { text } of findings.filter((finding) => finding.level === level))
-        stdout.write(`${level.padEnd(5)}  ${machine.name}: ${printable(text)}\n`);
+      for (const { text, waiver } of findings.filter((finding) => finding.level === level))
+        stdout.write(
+          `${level.padEnd(5)}  ${machine.name}: ${printable(text)}${waiver === undefined ? "" : `; waived: ${printable(waiver)}`}\n`,
+        );
   const wireBytes = machines.reduce((sum, each) => sum + each.wireBytes, 0);
   const copies =
     wireBytes === 0 ? "nothing is to be copied" : `about ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s`;

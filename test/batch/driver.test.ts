@@ -1,5 +1,5 @@
 /** A batch against a real libvirtd; its machines are only defined. */
-import { mkdir, readdir, rm, symlink, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { prepareGuestOva } from "../../scripts/guest/ova.ts";
@@ -7,7 +7,12 @@ import { runCommand } from "../../scripts/setup/command.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
 import { vmxSeed } from "../image/seeds.ts";
 import { sparseVmdkSeed } from "../image/sparse-seeds.ts";
+import type { BatchReport } from "../../sdk/batch/report.ts";
 import { openBatchBed } from "./bed.ts";
+
+/** Hooks that say when they ran, and about what. */
+const hooksOf = (what: string): object =>
+  Object.fromEntries(["before", "after"].map((when) => [when, ["sh", "-c", `echo "${when} ${what}" >> hooks.log`]]));
 
 test("moves machines in waves, has nothing to do the second time though the source is gone, and removes them all", async () => {
   await using libvirtd = await openLibvirtd();
@@ -24,11 +29,12 @@ test("moves machines in waves, has nothing to do the second time though the sour
   bed.write({
     project: "move",
     hosts: { here: libvirtd.uri },
-    defaults,
+    defaults: { ...defaults, hooks: hooksOf("machine $VIRTLIFT_MACHINE") },
+    waves: { 1: { hooks: hooksOf("wave $VIRTLIFT_WAVE") }, 2: { hooks: hooksOf("wave $VIRTLIFT_WAVE") } },
     machines: {
       web: { source: { ova: "sources/web.ova" }, wave: 2, dependsOn: ["db"] },
       db: { source: { ova: `sources/${descriptor}` } },
-      cache: { source: { vmx: "sources/cache.vmx" } },
+      cache: { source: { vmx: "sources/cache.vmx" }, disks: { "0": { preflight: { "virtlift/no-checksum": { reason: "made here" } } } } },
     },
   });
 
@@ -42,14 +48,33 @@ test("moves machines in waves, has nothing to do the second time though the sour
   expect(moved.stderr.indexOf("cache: done")).toBeLessThan(moved.stderr.indexOf("wave 2: up web"));
   expect((await libvirtd.virsh("list", "--all", "--name")).trim().split("\n").toSorted()).toEqual(["cache", "db", "web"]);
 
+  const hooks = (await readFile(join(bed.directory, "hooks.log"), "utf8")).trim().split("\n");
+  expect(hooks.filter((line) => !/db|cache/.test(line))).toEqual([
+    "before wave 1",
+    "after wave 1",
+    "before wave 2",
+    "before machine web",
+    "after machine web",
+    "after wave 2",
+  ]);
+  expect(hooks.slice(1, 5).toSorted()).toEqual(["after machine cache", "after machine db", "before machine cache", "before machine db"]);
+  const report = JSON.parse((await bed.cli("report", "--json")).stdout) as BatchReport;
+  expect(report.machines.find(({ name }) => name === "cache")?.findings).toContainEqual({
+    level: "info",
+    text: expect.stringContaining("(virtlift/no-checksum)") as string,
+    waiver: "made here",
+  });
   expect(await libvirtd.virsh("dumpxml", "cache")).toMatch(
     /topology sockets='2' dies='1' cores='2'[\s\S]*device='cdrom'[\s\S]*00:0c:29:aa:bb:cc/,
   );
 
   // Once imported, the source is history.
   await rm(sources, { recursive: true });
+  await libvirtd.virsh("undefine", "--nvram", "cache");
+  expect(await bed.cli("refresh", "--only", "cache")).toMatchObject({ code: 0, stdout: "1 done\n" });
   const again = await bed.cli("plan");
-  expect(again.stdout.match(/ same /g)).toHaveLength(3);
+  expect(again.stdout.match(/ same /g)).toHaveLength(2);
+  expect(again.stdout).toMatch(/^cache .* update /m);
   expect(again.stdout).toContain("nothing is to be copied");
   expect((await bed.cli("status")).stdout.match(/ done /g)).toHaveLength(3);
 

@@ -40,7 +40,13 @@ async function openMoved() {
   });
   const records: readonly JournalRecord[] = [
     { record: "run begun", run, atMs: 0, command: "up", machines: ["web", "db"] },
-    { record: "planned", run, atMs: 1, machine: "web", findings: [{ level: "warn", text: `its TPM does not come along ${HOSTILE}` }] },
+    {
+      record: "planned",
+      run,
+      atMs: 1,
+      machine: "web",
+      findings: [{ level: "warn", text: `its TPM does not come along ${HOSTILE}`, waiver: `agreed ${HOSTILE}` }],
+    },
     { record: "begun", run, atMs: 1000, machine: "web", operation: "up", attempt: 1 },
     step(2000, "begun", "ImportedDisk", "web-disk0"),
     {
