@@ -1,6 +1,6 @@
 /** Pools of a private libvirtd that are more than a folder: a file system of their own, and a disk whose volumes are its partitions. Need loop devices. */
 import { stat } from "node:fs/promises";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { openDirectory } from "./directory.ts";
 import type { Libvirtd } from "./libvirtd.ts";
@@ -23,12 +23,25 @@ export async function openFsPool(bed: Libvirtd): Promise<AsyncDisposable & { rea
   return { name: "fs", [Symbol.asyncDispose]: () => held.disposeAsync() };
 }
 
+/** Not a devtmpfs over /dev: that would bring KVM back, and what libvirt carries from /dev into a machine's name space would lie below it. */
+const SHOW_DEVICES = `
+set -e
+mkdir -p /run/devices
+mount -t devtmpfs devtmpfs /run/devices
+for name in "$1" "$1p1" "$1p2" "$1p3"; do ln -s "/run/devices/$name" "/dev/$name"; done
+`;
+const HIDE_DEVICES = `
+set -e
+rm -f "/dev/$1" "/dev/$1p1" "/dev/$1p2" "/dev/$1p3"
+umount /run/devices
+`;
+
 /** Gives the daemon a pool `disk` of that type on a loop device with an empty GPT, and the devices that the kernel makes. `device` is its name below /dev. */
 export async function openDiskPool(bed: Libvirtd): Promise<AsyncDisposable & { readonly device: string }> {
   await using stack = new AsyncDisposableStack();
   const loop = stack.use(await openLoop());
-  await bed.run("mount", "-t", "devtmpfs", "devtmpfs", "/dev");
-  stack.defer(async () => void (await bed.run("umount", "/dev")));
+  await bed.run("sh", "-c", SHOW_DEVICES, "show", basename(loop.path));
+  stack.defer(async () => void (await bed.run("sh", "-c", HIDE_DEVICES, "hide", basename(loop.path))));
   await bed.virsh("pool-define-as", "disk", "disk", "--source-dev", loop.path, "--source-format", "gpt", "--target", "/dev");
   stack.defer(async () => void (await bed.virsh("pool-undefine", "disk")));
   await bed.virsh("pool-build", "disk", "--overwrite");

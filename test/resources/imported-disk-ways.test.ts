@@ -8,8 +8,11 @@ import { createHosts } from "../../provider/host/open.ts";
 import { type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
 import { clearLeftovers, findLeftovers } from "../../provider/resources/leftovers.ts";
 import type { Context } from "../../provider/resources/resource.ts";
+import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import { openUpload } from "../../provider/transfer/upload.ts";
 import { encodeMark } from "../../provider/transfer/volume.ts";
+import { prepareGuest } from "../../scripts/guest/guest.ts";
+import { parseGuestReport } from "../../scripts/guest/report.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
 import { openDiskPool, openFsPool } from "../bed/pools.ts";
@@ -283,7 +286,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
     }
   });
 
-  it("into a partition, which is raw and has the name that libvirt gives it", async () => {
+  it("into a partition, which is raw and has the name that libvirt gives it, and boots a machine", async () => {
     await using pool = await openDiskPool(libvirtd);
     await using caller = await openCaller({ uri: libvirtd.uri });
     const next = `${pool.device}p1`;
@@ -291,16 +294,36 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
       { property: "format", reason: expect.stringContaining('set `format: "raw"`') },
       { property: "name", reason: expect.stringContaining(`set \`name: "${next}"\``) },
     ]);
-    const declared = { pool: "disk", format: "raw", name: next };
+    const { path: file } = await prepareGuest("raw", { hash: false });
+    const place = { pool: "disk", format: "raw", name: next };
+    const declared = { ...place, source: { file } };
     expect((await caller.check("part", { ...declared, capacity: "1GiB" })).failures).toMatchObject([{ property: "pool" }]);
     const state = await caller.create("part", declared);
     expect(state).toMatchObject({ path: `/dev/${next}`, volumeName: next, isUploaded: true });
-    const device = await readFile(state.path);
-    expect(sha256(device.subarray(0, caller.guest.length))).toBe(sha256(caller.guest));
+    const [device, guest] = [await readFile(state.path), await readFile(file)];
+    expect(sha256(device.subarray(0, guest.length))).toBe(sha256(guest));
     expect(await importedDisk.read(caller.context, state.diskId, state)).toMatchObject({ id: next });
     expect((await caller.check("part", declared, state)).failures).toEqual([]);
-    expect((await caller.check("other", declared)).failures).toMatchObject([
+    expect((await caller.check("other", place)).failures).toMatchObject([
       { property: "name", reason: expect.stringContaining("exists on") },
     ]);
-  });
+
+    const declaredMachine = {
+      origin: "organization/project/stack/guest",
+      importedDisk: { diskId: state.diskId, path: state.path, format: "raw", pool: "disk" },
+      memoryMiB: 256,
+      domainType: "qemu",
+      serialLog: join(libvirtd.directory, "device.log"),
+      waitFor: [{ type: "serial", text: "virtlift-guest done", timeoutSeconds: 90 }],
+    };
+    const machine = await virtualMachine.check(caller.context, undefined, declaredMachine);
+    expect(machine.failures).toEqual([]);
+    const { id, state: running } = await virtualMachine.create(caller.context, machine.inputs);
+    expect(await libvirtd.virsh("dumpxml", running.name)).toMatch(new RegExp(`<disk type='block' [^]*<source dev='${state.path}'`));
+    expect(parseGuestReport(await readFile(declaredMachine.serialLog, "utf8"))).toMatchObject({
+      firmware: "bios",
+      disks: [{ device: "/dev/sda", sizeBytes: device.length }],
+    });
+    await virtualMachine.delete(caller.context, id, running);
+  }, 120_000);
 });
