@@ -100,9 +100,14 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
   }
 }
 
+/** Whether the host itself reads the source's bytes, by programs of its own. */
+export function isReadByHost(source: Source): boolean {
+  return isOnHost(source) || isFetchedByHost(source);
+}
+
 /** Why a source that the host itself is to read cannot be had, where programs cannot write there; undefined where they can, or for any other source. */
 export function refusalWithoutPrograms(host: Host, { source }: DiskInputs, uploadReason: string | undefined): DiskError | undefined {
-  if (uploadReason === undefined || !(isOnHost(source) || isFetchedByHost(source))) return undefined;
+  if (uploadReason === undefined || !isReadByHost(source)) return undefined;
   const path = "url" in source ? shownUrl(source.url) : "hostPath" in source ? source.hostPath : source.volume;
   const words = "url" in source ? `is to be fetched by ${host.label}` : `lies on ${host.label} and would be copied there by a program`;
   const remedy = "url" in source ? 'let this machine fetch (`fetch: "client"`)' : "bring it here and name it as `file`";

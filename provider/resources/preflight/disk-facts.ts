@@ -3,7 +3,7 @@ import { posix } from "node:path";
 import { DiskError } from "../../errors.ts";
 import type { Host } from "../../host/hosts.ts";
 import { daemonOf } from "../connect.ts";
-import { isAdopted, isFetchedByHost, previewDeclared, refusalWithoutPrograms, type SourceSettings } from "../disk-source.ts";
+import { isAdopted, isFetchedByHost, isReadByHost, previewDeclared, refusalWithoutPrograms, type SourceSettings } from "../disk-source.ts";
 import type { DiskInputs } from "../imported-disk.ts";
 import type { Place } from "../place.ts";
 import { nextPartition } from "../pool.ts";
@@ -45,8 +45,8 @@ export async function gatherDisk(
   const siblings = deployment.otherDisks({ origin: inputs.origin, daemon: daemonOf(inputs.host) });
   const placing = facts.place(inputs);
   const sourcing = async (): Promise<SourceFacts | DiskError> => {
-    const refusal = refusalWithoutPrograms(host, inputs, (await placing).uploadReason);
-    return refusal ?? previewDeclared(host, inputs, settings);
+    const uploadReason = isReadByHost(inputs.source) ? (await placing).uploadReason : undefined;
+    return refusalWithoutPrograms(host, inputs, uploadReason) ?? previewDeclared(host, inputs, settings);
   };
   const [nature, place, machines, source, pending] = await Promise.all([
     facts.nature(),
