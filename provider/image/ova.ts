@@ -140,13 +140,10 @@ function* openPackage(descriptor: PackagedFile, locate: Locate, options: Package
   for (const [index, disk] of system.disks.entries()) {
     const place = yield* placeOf(disk, locate);
     const digest = place === undefined ? undefined : manifest?.get(place.name);
-    if (place !== undefined && manifest !== undefined && digest === undefined)
-      notes.push(`the manifest says nothing about ${quoted(place.name)}: its bytes cannot be verified`);
     if (disk.file?.compression !== undefined)
       notes.push(`${quoted(disk.file.href)} is compressed (${disk.file.compression}) in the package`);
     disks.push({ ...disk, index, place, digest });
   }
-  if (manifest === undefined) notes.push("the package has no manifest: its bytes cannot be verified");
   if (certificate !== undefined) notes.push("the package is signed; the signature is not verified");
   return { system, disks, manifest, hasCertificate: certificate !== undefined, notes };
 }

@@ -26,13 +26,13 @@ import { parseArgs } from "./parse.ts";
 import { lookAtPlace } from "./place.ts";
 import { machinesReaching } from "./file-users.ts";
 import { assertHome, type Home, homeOf } from "./home.ts";
-import { HOST_RULES } from "./preflight/argument-rules.ts";
+import { ARGUMENT_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
 import { DISK_CHANGE_RULES, type DiskChange } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
 import { declaredDisk, type DiskFacts, gatherDisk, wireBytes } from "./preflight/disk-facts.ts";
 import { describeCopy, DISK_RULES } from "./preflight/disk-rules.ts";
 import { changing, factsOf } from "./preflight/host-facts.ts";
-import { conclude, failuresOf, judgeTrouble, settingsOf, type Subject, tell } from "./preflight/preflight.ts";
+import { conclude, judgeTrouble, settingsOf, type Subject, tell } from "./preflight/preflight.ts";
 import { judge } from "./preflight/rule.ts";
 import type { Context, PropertyChange, Resource } from "./resource.ts";
 import { activePool } from "./pool.ts";
@@ -114,9 +114,16 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
   news["host"] ??= configuredHost(context);
   if (isAdopted(news["source"])) news["onDelete"] ??= "retain";
   const { args, failures, unknown } = parseArgs(ImportedDiskSchema, news);
-  const homeless = failuresOf(judge(HOST_RULES, { host: news["host"] }, {}));
-  if (homeless.length > 0) return { inputs: news as never, failures: homeless };
-  if (!args) return { inputs: (unknown.size > 0 ? { ...news, ...unknownIdentity } : news) as never, failures };
+  const homeless = judge(HOST_RULES, { host: news["host"] }, {});
+  if (!args || homeless.length > 0) {
+    // A host that is not given is said once.
+    const others = failures.filter(({ property }) => homeless.length === 0 || property !== "host");
+    const unfit = conclude(context, { origin: String(news["origin"]), name: "" }, [
+      ...homeless,
+      ...judge(ARGUMENT_RULES, { failures: others }, {}),
+    ]);
+    return { inputs: (unknown.size > 0 ? { ...news, ...unknownIdentity } : news) as never, failures: unfit };
+  }
   const { settings, failures: unset } = settingsOf(context, args.preflight);
 
   const declaration = declarationOf(args);

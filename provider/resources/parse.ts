@@ -22,7 +22,7 @@ export function parseArgs<T>(schema: z.ZodType<T>, news: Readonly<Record<string,
       const property = issue.code === "unrecognized_keys" ? propertyPath([...issue.path, issue.keys[0] ?? ""]) : propertyPath(issue.path);
       const reason =
         issue.code === "unrecognized_keys"
-          ? `${property} is not a property that exists: remove it or mend its name`
+          ? `${property}: there is no such property: remove it, or mend its name`
           : `${property}: ${issue.message}`;
       return { property, reason };
     });

@@ -148,6 +148,10 @@ function keysOf(input: unknown): string {
 }
 export type Source = z.output<typeof SourceSchema>;
 
+/** What is said of an origin that is none: of its parts a program chooses the last one. */
+export const ORIGIN_FAULT =
+  "the logical name of a resource is one line of plain text, as it becomes part of names on the host: give it another";
+
 /** The arguments of `ImportedDisk`. */
 export const ImportedDiskSchema = z.strictObject({
   /** The host that gets the disk. Default: the stack's configuration `virtlift:host`. */
@@ -193,5 +197,5 @@ export const ImportedDiskSchema = z.strictObject({
   /** Rules of the preview that are to have another level, or none, for this disk: by id, each with a reason that is kept. Default: as the rules say. */
   preflight: PreflightSchema.optional(),
   /** `<organization>/<project>/<stack>/<logical name>`: set by the class, the identity of the disk on the host. */
-  origin: z.string().regex(/^[^/]+\/[^/]+\/[^/]+\/.+$/),
+  origin: z.string().regex(/^[^/]+\/[^/]+\/[^/]+\/.+$/, ORIGIN_FAULT),
 });

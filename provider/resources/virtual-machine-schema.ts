@@ -2,7 +2,7 @@
 import { z } from "zod";
 import { fitsXml } from "../libvirt/render.ts";
 import { PreflightSchema } from "./preflight/rule.ts";
-import { DiskRefSchema, HostSchema, SizeSchema, VolumeNameSchema } from "./schema.ts";
+import { DiskRefSchema, HostSchema, ORIGIN_FAULT, SizeSchema, VolumeNameSchema } from "./schema.ts";
 
 const TextSchema = z.string().refine(fitsXml, "the text holds a control character, which libvirt cannot store");
 const LineSchema = TextSchema.refine((text) => !/[\r\n]/.test(text), "the text is to be one line");
@@ -446,7 +446,7 @@ export const VirtualMachineSchema = z.strictObject({
   /** `<organization>/<project>/<stack>/<logical name>`: set by the class, the identity of the machine on the host. */
   origin: z
     .string()
-    .regex(/^[^/]+\/[^/]+\/[^/]+\/.+$/)
-    .refine(fitsXml),
+    .regex(/^[^/]+\/[^/]+\/[^/]+\/.+$/, ORIGIN_FAULT)
+    .refine(fitsXml, ORIGIN_FAULT),
 });
 export type VirtualMachineArgs = z.output<typeof VirtualMachineSchema>;

@@ -22,13 +22,13 @@ import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect
 import { machinesReaching } from "./file-users.ts";
 import { assertHome, type Home, homeOf } from "./home.ts";
 import { parseArgs } from "./parse.ts";
-import { BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
+import { ARGUMENT_RULES, BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
 import { MACHINE_CHANGE_RULES, restartRefusal } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
 import { changing, factsOf } from "./preflight/host-facts.ts";
 import { declaredMachine, gatherMachine, isOfOtherState } from "./preflight/machine-facts.ts";
 import { MACHINE_RULES, otherStateRefusal } from "./preflight/machine-rules.ts";
-import { conclude, failuresOf, judgeTrouble, settingsOf, tell } from "./preflight/preflight.ts";
+import { conclude, judgeTrouble, settingsOf, tell } from "./preflight/preflight.ts";
 import { judge, type Judgement, type PreflightSettings } from "./preflight/rule.ts";
 import { type Context, Incomplete, type PropertyChange, type Resource } from "./resource.ts";
 import { hasUnknown, UNKNOWN } from "./unknown.ts";
@@ -104,7 +104,11 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
   const known = Object.fromEntries(Object.entries(news).filter(([key]) => !(key in unknown)));
   const { args, failures: parsed } = parseArgs(VirtualMachineSchema, known);
   const boot = judge(BOOT_RULES, { importedDisk: news["importedDisk"], image: news["image"] }, {});
-  const unfit = [...parsed, ...failuresOf([...boot, ...judge(HOST_RULES, { host }, {})])];
+  const unfit = conclude(context, { origin: String(news["origin"]), name: "" }, [
+    ...judge(ARGUMENT_RULES, { failures: parsed }, {}),
+    ...boot,
+    ...judge(HOST_RULES, { host }, {}),
+  ]);
   if (!args || unfit.length > 0) return { inputs: news as never, failures: unfit };
 
   let adopted: Adopted | undefined;
@@ -126,7 +130,7 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
     declared: given,
   };
   const { settings, failures: unset } = settingsOf(context, args.preflight);
-  const combined = [...unset, ...failuresOf(judge(COMBINATION_RULES, identified, settings))];
+  const combined = [...unset, ...conclude(context, identified, judge(COMBINATION_RULES, identified, settings))];
   if (combined.length > 0) return { inputs: identified as never, failures: combined };
   if (args.host === undefined || Object.keys(unknown).length > 0) {
     return { inputs: { ...identified, ...unplaced(identified, olds), ...unknown } as never, failures: [] };

@@ -152,7 +152,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         [{ format: "raw", layout: "compressed" }, "layout", /^layout: a raw volume cannot be compressed/],
         [{ name: "../escape" }, "name", /^name: a disk's name is/],
         [{ capacity: "much" }, "capacity", /^capacity: "much" is no size/],
-        [{ sauce: 1 }, "sauce", /^sauce is not a property that exists/],
+        [{ sauce: 1 }, "sauce", /^sauce: there is no such property: remove it, or mend its name \(virtlift\/argument\)$/],
         [{ source: { file: "a", ova: "b" } }, "source", /^source: source is exactly one of/],
         [{ checksum: "md5:0" }, "checksum", /^checksum: a checksum is/],
         [{ host: { uri: `qemu+unix:///system?socket=${caller.directory}/none` } }, "host", /^host: .*none/],

@@ -88,7 +88,7 @@ describe("check", () => {
   const REFUSED: Readonly<Record<string, readonly [object, string, string]>> = {
     "neither disk nor image": [{ importedDisk: undefined }, "importedDisk", "neither is given"],
     "both disk and image": [{ image: "/x.qcow2" }, "image", "both are given"],
-    "a property that does not exist": [{ memory: 2 }, "memory", "is not a property that exists"],
+    "a property that does not exist": [{ memory: 2 }, "memory", "there is no such property"],
     "a MAC address that is none": [{ networks: [{ type: "user", mac: "52:54:00:12:34" }] }, "networks[0].mac", "six pairs of hex digits"],
     "a multicast MAC address": [{ networks: [{ type: "user", mac: "53:54:00:12:34:56" }] }, "networks[0].mac", "no multicast"],
     "an interface on two things": [{ networks: [{ network: "default", bridge: "br0" }] }, "networks[0]", "exactly one of"],

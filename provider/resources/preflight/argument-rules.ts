@@ -1,6 +1,19 @@
 /** The rules about what a program declares, before any host is asked. Pure. */
+import type { CheckFailure } from "../resource.ts";
 import type { VirtualMachineArgs } from "../virtual-machine-schema.ts";
 import type { Finding, Rule } from "./rule.ts";
+
+/** Asked of every resource: what its schema finds. */
+export const ARGUMENT_RULES: readonly Rule<{ readonly failures: readonly CheckFailure[] }>[] = [
+  {
+    id: "virtlift/argument",
+    level: "block",
+    isFixed: true,
+    summary: "An argument is not of the shape that it must have, or is none that exists.",
+    remedy: "Mend it as the sentence says.",
+    test: ({ failures }) => failures.map(({ property, reason }) => ({ property, sentence: reason.slice(`${property}: `.length) })),
+  },
+];
 
 /** What a machine is declared with, as it came; what preview does not know is its sentinel. */
 export interface DeclaredBoot {

@@ -384,7 +384,7 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
   },
 ];
 
-/** What an import reaches on two cores, hashing at both ends: no connection makes it faster. */
+/** What an import is taken to reach at most, whatever the connection: about what two cores do that hash at both ends. */
 const COPY_BYTES_PER_SECOND = 200 * 1024 * 1024;
 
 /** The line that says what will be done: from where, in what form, where to, how much, and how long. `linkBytesPerSecond` is measured, undefined where there is no link. */
@@ -392,7 +392,7 @@ export function describeCopy(facts: DiskFacts, source: SourceFacts, wireBytes: n
   const { inputs, host } = facts;
   const isLinkSlower = linkBytesPerSecond !== undefined && linkBytesPerSecond < COPY_BYTES_PER_SECOND;
   const bytesPerSecond = isLinkSlower ? linkBytesPerSecond : COPY_BYTES_PER_SECOND;
-  const basis = isLinkSlower ? "as measured on this connection just now" : "the most that a copy reaches";
+  const basis = isLinkSlower ? "as measured on this connection just now" : "assumed, as nothing was measured that is slower";
   const seconds = Math.max(1, Math.ceil(wireBytes / bytesPerSecond));
   const size = source.virtualSizeBytes === 0 ? "of a size that shows on import" : `${formatBytes(capacityOf(facts) ?? 0)} virtual`;
   const from = `${source.path} (${source.format} ${source.variant}, ${size}) -> ${host.label}:${inputs.path}`;

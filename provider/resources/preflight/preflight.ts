@@ -65,11 +65,6 @@ export function conclude(context: Context, { origin, name }: Subject, judgements
     const change = waiver === undefined ? "" : isWaived ? `; waived: ${waiver}` : `; no block: ${waiver}`;
     tell(context, level, `${name}: ${reason}${change}`);
   }
-  return failuresOf(judgements);
-}
-
-/** What fails a check. */
-export function failuresOf(judgements: readonly Judgement[]): readonly CheckFailure[] {
   return judgements.filter(({ level }) => level === "block").map(({ property, reason }) => ({ property, reason }));
 }
 

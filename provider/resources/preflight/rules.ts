@@ -1,5 +1,5 @@
 /** Every rule, in the order of the page that is made of them. */
-import { BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./argument-rules.ts";
+import { ARGUMENT_RULES, BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./argument-rules.ts";
 import { DISK_CHANGE_RULES, MACHINE_CHANGE_RULES } from "./change-rules.ts";
 import { DISK_RULES } from "./disk-rules.ts";
 import { MACHINE_RULES } from "./machine-rules.ts";
@@ -11,7 +11,7 @@ export type RuleText = Omit<Rule<never>, "test">;
 
 /** The rules by what they look at. */
 export const CHAPTERS: readonly { readonly title: string; readonly rules: readonly RuleText[] }[] = [
-  { title: "Before anything else", rules: [...HOST_RULES, ...BOOT_RULES, ...COMBINATION_RULES, ...TROUBLE_RULES] },
+  { title: "Before anything else", rules: [...ARGUMENT_RULES, ...HOST_RULES, ...BOOT_RULES, ...COMBINATION_RULES, ...TROUBLE_RULES] },
   { title: "Disks: the source and its place", rules: DISK_RULES },
   { title: "Machines: the host and the guest", rules: MACHINE_RULES },
   { title: "Changes of what exists", rules: [...DISK_CHANGE_RULES, ...MACHINE_CHANGE_RULES] },

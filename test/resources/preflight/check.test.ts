@@ -1,8 +1,9 @@
 /** Checks as a whole: they change nothing, cry no wolf, can be overruled with a reason, ask once for all, and work without a program. */
-import { copyFile, open, readdir, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, open, readdir, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base, vi } from "vitest";
 import { prepareGuest } from "../../../scripts/guest/guest.ts";
+import { runCommand } from "../../../scripts/setup/command.ts";
 import { prepareGuestOva } from "../../../scripts/guest/ova.ts";
 import { importedDisk } from "../../../provider/resources/imported-disk.ts";
 import { checkSource } from "../../../provider/resources/preflight/check.ts";
@@ -150,7 +151,7 @@ describe("a check", () => {
     const copies = desk.lines.filter((line) => line.includes(" -> "));
     expect(copies).toEqual([
       expect.stringMatching(
-        /^info: web-root-[0-9a-f]{8}: \/\S+ \(vmdk streamOptimized, 64.0 MiB virtual\) -> root@\S+:\/\S+\.qcow2, about \d+\.?\d* MiB to send, about \d+ s \(at \d+\.?\d* \w+\/s, (as measured on this connection just now|the most that a copy reaches)\)$/,
+        /^info: web-root-[0-9a-f]{8}: \/\S+ \(vmdk streamOptimized, 64.0 MiB virtual\) -> root@\S+:\/\S+\.qcow2, about \d+\.?\d* MiB to send, about \d+ s \(at \d+\.?\d* \w+\/s, (as measured on this connection just now|assumed, as nothing was measured that is slower)\)$/,
       ),
     ]);
     expect(desk.lines.filter((line) => line.includes('<domain type="'))).toHaveLength(1);
@@ -228,6 +229,34 @@ describe("without a program", () => {
     expect(report).toMatchObject({ verdict: "block", plan: [], findings: [{ resource: "disk 0", rule: "virtlift/source-refused" }] });
     const nowhere = await checkSource(desk.context, { path, host: "qemu+unix:///system?socket=/none" });
     expect(nowhere.findings).toMatchObject([{ rule: "virtlift/host" }]);
+  });
+
+  test("an argument that is none has an id as well, beside all others and a host that is missing", async ({ libvirtd, desk }) => {
+    const path = join(libvirtd.directory, "plain.raw");
+    await writeFile(path, Buffer.alloc(65_536, 1));
+    const nameless = await desk.checkDisk("two\nlines", { source: { file: path }, layout: "flat", sauce: 1, host: undefined });
+    expect(nameless.failures.map(({ property, reason }) => `${property} ${/\([^)]*\)$/.exec(reason)?.[0]}`)).toEqual([
+      "host (virtlift/no-host)",
+      "layout (virtlift/argument)",
+      "origin (virtlift/argument)",
+      "sauce (virtlift/argument)",
+    ]);
+    expect(nameless.failures[2]?.reason).toMatch(/^origin: the logical name of a resource is one line of plain text/);
+    const machine = await desk.checkMachine("two\nlines", { vcpus: 0 });
+    expect(rulesOf(machine.failures)).toEqual(["virtlift/argument", "virtlift/argument", "virtlift/no-boot-disk"]);
+    expect(await checkSource(desk.context, { path, host: libvirtd.uri, pool: "" })).toMatchObject({
+      verdict: "block",
+      findings: [{ resource: "disk 0", rule: "virtlift/argument", property: "pool" }],
+    });
+  });
+
+  test("that nothing vouches for a package is said once", async ({ libvirtd, desk }) => {
+    const folder = join(libvirtd.directory, "loose");
+    await mkdir(folder);
+    await runCommand(["tar", "-C", folder, "-xf", (await prepareGuestOva()).path]);
+    await rm(join(folder, "virtlift-guest.mf"));
+    await desk.checkDisk("loose", { source: { ova: join(folder, "virtlift-guest.ovf") } });
+    expect(desk.lines.filter((line) => line.includes("manifest"))).toEqual([expect.stringContaining("(virtlift/no-manifest)")]);
   });
 });
 

@@ -56,6 +56,7 @@ const test = base.extend<Fixtures>({
 /** Rules that block and are not shown here, and why. */
 const ELSEWHERE: Readonly<Record<string, string>> = {
   "virtlift/machine-made": "test/resources/virtual-machine.test.ts shows it beside what is taken over",
+  "virtlift/argument": "what is no argument means nothing that could be tried",
   "virtlift/no-host": "without a host there is nothing to try it on",
   "virtlift/libvirt-too-old": "no libvirt older than what it asks for is to be had beside the machine's own",
   "virtlift/device-libvirt": "no libvirt older than what it asks for is to be had beside the machine's own",
