@@ -287,10 +287,10 @@ function diskCases(olds: MachineInputs, news: MachineInputs): readonly Found<Dis
   const after = further(news);
   const isAmong = (disks: readonly DiskSpec[], disk: DiskSpec): DiskSpec | undefined => disks.find((each) => isSameDrive(each, disk));
   const removed = before
-    .filter((disk) => !isAmong(after, disk))
+    .filter((disk) => !isAmong(after, disk) && !after.some((each) => isSameDisk(each, disk)))
     .map((disk): Found<DiskCase> => ({ name: canUnplugDisk(disk) ? "unplugged" : "taken" }));
   const kept = after.flatMap((disk, index): readonly Found<DiskCase>[] => {
-    const old = isAmong(before, disk);
+    const old = isAmong(before, disk) ?? before.find((each) => isSameDisk(each, disk));
     if (!old) return [{ name: canPlugDisk(disk, diskSpecs(olds)) ? "plugged" : "fitted" }];
     if (!isSame({ ...old, path: undefined, format: undefined }, { ...disk, path: undefined, format: undefined }))
       return [{ name: "served" }];
@@ -306,6 +306,11 @@ function diskCases(olds: MachineInputs, news: MachineInputs): readonly Found<Dis
 /** Whether it is one disk, or one CD-ROM drive with whatever medium, before and after a change. */
 export function isSameDrive(one: ObservedDisk, other: ObservedDisk): boolean {
   return one.target === other.target && one.device === other.device && (one.device === "cdrom" || one.path === other.path);
+}
+
+/** Whether it is one disk, on whatever bus, before and after a change. */
+export function isSameDisk(one: ObservedDisk, other: ObservedDisk): boolean {
+  return one.device === "disk" && other.device === "disk" && one.path !== undefined && one.path === other.path;
 }
 
 /** Whether a machine with these disks takes one more while it runs: scsi needs its controller. Source: qemuDomainAttachDeviceDiskLive of qemu_hotplug.c. */

@@ -13,7 +13,7 @@ import {
 import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
 import { type DomainSpec, type ObservedDomain, parseDomain, renderDisk, renderInterface } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
-import { canPlugDisk, canPlugInterface, canUnplugDisk, canUpdateInterface, isSameDrive } from "./virtual-machine-changes.ts";
+import { canPlugDisk, canPlugInterface, canUnplugDisk, canUpdateInterface, isSameDisk, isSameDrive } from "./virtual-machine-changes.ts";
 import { type Guest, powerStateOf } from "./virtual-machine-guest.ts";
 import { isSame, type VolumePlan } from "./virtual-machine-spec.ts";
 import { sizesOf } from "./virtual-machine-volumes.ts";
@@ -67,14 +67,18 @@ const LIVE = DOMAIN_DEVICE_MODIFY.live;
 
 function diskSteps(guest: Guest, live: ObservedDomain, wanted: DomainSpec): readonly Step[] {
   const { libvirt, domain } = guest;
-  const gone = live.disks.filter((disk) => canUnplugDisk(disk) && !wanted.disks.some((each) => isSameDrive(each, disk)));
+  // What only moves to another bus stays where it is until the next start: it may be what the guest runs from.
+  const gone = live.disks.filter(
+    (disk) => canUnplugDisk(disk) && !wanted.disks.some((each) => isSameDrive(each, disk) || isSameDisk(each, disk)),
+  );
   const steps: Step[] = gone.map((disk) => ({
     run: () => unplug(guest, diskDevice(disk)),
     undo: () => libvirt.domainAttachDeviceFlags(domain, renderDisk(disk as DiskSpec), LIVE),
   }));
   for (const disk of wanted.disks) {
     const old = live.disks.find((each) => isSameDrive(each, disk));
-    if (!old && canPlugDisk(disk, live.disks)) steps.push(plugStep(guest, diskDevice(disk)));
+    const isElsewhere = live.disks.some((each) => isSameDisk(each, disk));
+    if (!old && !isElsewhere && canPlugDisk(disk, live.disks)) steps.push(plugStep(guest, diskDevice(disk)));
     else if (old && isOtherMedium(old, disk)) {
       // The drive's door may be locked by the guest: the medium goes as if its button had been held.
       const change = (each: DiskSpec) => libvirt.domainUpdateDeviceFlags(domain, renderDisk(each), LIVE | DOMAIN_DEVICE_MODIFY.force);

@@ -4,7 +4,7 @@ import { copyFile, readdir, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base } from "vitest";
 import { type GuestOptions, prepareGuest } from "../../scripts/guest/guest.ts";
-import { parseGuestReport } from "../../scripts/guest/report.ts";
+import { type GuestReport, parseGuestReport } from "../../scripts/guest/report.ts";
 import { runCommand } from "../../scripts/setup/command.ts";
 import { importedDisk } from "../../provider/resources/imported-disk.ts";
 import { Incomplete } from "../../provider/resources/resource.ts";
@@ -36,8 +36,32 @@ async function reportOf(serialLog: string) {
   return parseGuestReport(await readFile(serialLog, "utf8"));
 }
 
+/** `sd 64 MiB` for each disk: which of several on one bus gets which letter is left to chance in the guest's kernel. */
+function drivesOf(report: GuestReport | undefined): readonly string[] {
+  return (report?.disks ?? []).map(({ device, sizeBytes }) => `${device.slice(5, 7)} ${sizeBytes / 2 ** 20} MiB`).toSorted();
+}
+
+/** Changes that wait for the guest's next start, one after the other, and what makes the preview call them so. */
+const DEFERRED: Readonly<Record<string, object>> = {
+  vcpus: { vcpus: 2 },
+  memoryMiB: { memoryMiB: 320 },
+  networks: { networks: [{ network: "default", mac: "52:54:00:be:ef:01", model: "virtio" }] },
+  bus: { bus: "virtio" },
+  disks: {
+    disks: [
+      { size: "8MiB", name: "data" },
+      { size: "4MiB", name: "more", bus: "sata" },
+    ],
+  },
+  rng: { rng: false },
+  watchdog: { watchdog: "poweroff" },
+  smbios: { smbios: { system: { serial: "VMware-56 4d" } } },
+  clock: { clock: "localtime" },
+  video: { video: "virtio" },
+};
+
 describe("a guest by BIOS", () => {
-  test("boots, is found at its address, keeps running under a deferred change, restarts with consent, and shuts down by itself", async ({
+  test("boots, is found at its address, keeps running under deferred changes, restarts with consent, and shuts down by itself", async ({
     libvirtd,
     desk,
   }) => {
@@ -59,26 +83,42 @@ describe("a guest by BIOS", () => {
       vcpus: 1,
       uuid: inputs.uuid,
       interfaces: [{ mac: "52:54:00:be:ef:01", driver: "e1000e" }],
-      disks: [
-        { device: "/dev/sda", sizeBytes: 64 * 2 ** 20 },
-        { device: "/dev/sdb", sizeBytes: 8 * 2 ** 20 },
-      ],
     });
+    expect(drivesOf(first)).toEqual(["sd 64 MiB", "sd 8 MiB"]);
     expect(await virtualMachine.read(context, id, state)).toEqual({ id, state, inputs });
 
-    const deferred = await virtualMachine.update(context, id, state, await desk.checked({ ...news, vcpus: 2, title: "Web" }, inputs));
-    expect(deferred).toMatchObject({ restartPending: true, powerState: "running", vcpus: 2 });
+    const started = await libvirtd.virsh("domid", "web");
+    let changed: object = { ...news, title: "Web" };
+    let deferred = await virtualMachine.update(context, id, state, await desk.checked(changed, inputs));
+    expect(deferred.restartPending).toBe(false);
+    for (const [property, more] of Object.entries(DEFERRED)) {
+      changed = { ...changed, ...more };
+      const later = await desk.checked(changed, inputs);
+      const { changes } = await virtualMachine.diff(context, id, deferred, later);
+      expect(changes).toEqual(expect.arrayContaining([expect.objectContaining({ property, effect: "restart" })]));
+      deferred = await virtualMachine.update(context, id, deferred, later);
+      expect([property, deferred.restartPending, deferred.powerState]).toEqual([property, true, "running"]);
+    }
+    expect(await libvirtd.virsh("domid", "web")).toBe(started);
     expect(await reportOf(inputs.serialLog)).toEqual({ ...first, ipv4Addresses: expect.anything() });
     expect(await libvirtd.virsh("desc", "web", "--title")).toContain("Web");
 
-    const wanted = await desk.checked({ ...news, vcpus: 2, title: "Web", onRestartRequired: "restart" }, inputs);
+    const wanted = await desk.checked({ ...changed, onRestartRequired: "restart" }, inputs);
     expect((await virtualMachine.diff(context, id, deferred, wanted)).changes).toMatchObject([
       { property: "onRestartRequired", effect: "live" },
       { property: "onRestartRequired", effect: "restart" },
     ]);
     const restarted = await virtualMachine.update(context, id, deferred, wanted);
     expect(restarted).toMatchObject({ restartPending: false, powerState: "running" });
-    expect(await reportOf(inputs.serialLog)).toMatchObject({ vcpus: 2, uuid: inputs.uuid, interfaces: first!.interfaces });
+    const second = await reportOf(inputs.serialLog);
+    expect(second).toMatchObject({ vcpus: 2, uuid: inputs.uuid, interfaces: [{ mac: "52:54:00:be:ef:01", driver: "virtio_net" }] });
+    expect(second!.memoryKiB - first!.memoryKiB).toBeGreaterThan(60 * 1024);
+    expect(drivesOf(second)).toEqual(["sd 4 MiB", "vd 64 MiB", "vd 8 MiB"]);
+    const xml = await libvirtd.virsh("dumpxml", "web");
+    expect(xml).toMatch(
+      /VMware-56 4d[^]*<clock offset='localtime'>[^]*<model type='virtio' heads=[^]*<watchdog model='i6300esb' action='poweroff'>/,
+    );
+    expect(xml).not.toContain("<rng ");
 
     const stopped = await virtualMachine.update(context, id, restarted, await desk.checked({ ...news, powerState: "stopped" }, inputs));
     expect(stopped).toMatchObject({ powerState: "stopped", ipAddresses: [], vcpus: 1 });
