@@ -17,6 +17,7 @@ import { openStateFolder, type StateFolder } from "./folder.ts";
 import { runHook } from "./hooks.ts";
 import type { Job, Operation, Outcome, Step, WorkerEvent } from "./job.ts";
 import { Journal, type JournalRecord, type Made, type MachineStanding, type MachineState, readJournal, standingOf } from "./journal.ts";
+import { hasRoom } from "./limits.ts";
 import { isGone } from "./locks.ts";
 import { type BatchMachine, type Manifest, parseManifest } from "./manifest.ts";
 import { type BatchPlan, type Finding, planBatch, type Previewed } from "./plan.ts";
@@ -419,7 +420,6 @@ export class Batch implements AsyncDisposable {
     const total = limits.total ?? availableParallelism();
     const waiting = new Set(machines);
     const running = new Map<BatchMachine, Promise<void>>();
-    const count = (isSame: (other: BatchMachine) => boolean): number => [...running.keys()].filter(isSame).length;
     while (waiting.size > 0 || running.size > 0) {
       const failed = machines.some(({ name }) => results.has(name) && !isSuccess(results.get(name)));
       const halt = this.#stopReason() ?? (failed && onFailure === "stop" ? "another machine failed" : undefined);
@@ -431,11 +431,7 @@ export class Batch implements AsyncDisposable {
           end(machine.name, "skipped", [reason]);
           continue;
         }
-        const hasRoom =
-          running.size < total &&
-          count(({ declaration }) => declaration.host.uri === machine.declaration.host.uri) < machine.maxPerHost &&
-          count((other) => sourceFolder(other) === sourceFolder(machine)) < limits.perSource;
-        if (missing.mustWait || !hasRoom) continue;
+        if (missing.mustWait || !hasRoom(machine, [...running.keys()], { total, perSource: limits.perSource })) continue;
         waiting.delete(machine);
         const beganMs = performance.now();
         const work = this.#runMachine(operation, machine, usePlans).then((outcome) => {
@@ -650,11 +646,6 @@ function select(
   );
   if (selected.length === 0) throw new Error("no machine of the manifest is what was asked for");
   return selected;
-}
-
-function sourceFolder({ declaration: { source } }: BatchMachine): string {
-  const path = source["ova"] ?? source["vmx"] ?? source["file"];
-  return typeof path === "string" ? dirname(path) : JSON.stringify(source);
 }
 
 /** A source whose path is relative to the folder. */

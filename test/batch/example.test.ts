@@ -1,15 +1,18 @@
 /** The example `batch`, with real boots: two hosts, one of them over SSH, and a driver that is killed on the way. */
-import { cp, mkdir, readdir, readFile, symlink } from "node:fs/promises";
+import { existsSync, readFileSync } from "node:fs";
+import { copyFile, cp, mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { parse } from "yaml";
 import { prepareGuestOva } from "../../scripts/guest/ova.ts";
+import { runCommand } from "../../scripts/setup/command.ts";
 import { parseGuestReport } from "../../scripts/guest/report.ts";
 import { descendants } from "../bed/daemon.ts";
 import { type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
 import type { BatchReport } from "../../sdk/batch/report.ts";
 import { openBatchBed } from "./bed.ts";
 
+const PASSPHRASE = "only-the-batch-knows-it";
 const EXAMPLE = join(import.meta.dirname, "../../examples/batch");
 
 interface ExampleManifest {
@@ -29,10 +32,14 @@ test("three machines boot from their OVAs' bytes on two hosts, though the driver
   await mkdir(join(bed.directory, "exports"));
   for (const name of ["db", "cache", "web"]) await symlink(guest.path, join(bed.directory, `exports/${name}.ova`));
   const manifest = parse(await readFile(join(EXAMPLE, "migrations.yaml"), "utf8")) as ExampleManifest;
-  const uri = `${kvm2.sshUri()}?keyfile=${kvm2.sshd.clientKey.path}&known_hosts=${kvm2.sshd.knownHostsFile}`;
+  const key = join(kvm2.directory, "key-with-passphrase");
+  await copyFile(kvm2.sshd.clientKey.path, key);
+  await runCommand(["ssh-keygen", "-q", "-p", "-P", "", "-N", PASSPHRASE, "-f", key]);
+  await writeFile(join(bed.directory, "key-passphrase"), `${PASSPHRASE}\n`);
+  const uri = `${kvm2.sshUri()}?keyfile=${key}&known_hosts=${kvm2.sshd.knownHostsFile}`;
   bed.write({
     ...manifest,
-    hosts: { kvm1: here.uri, kvm2: { ...manifest.hosts.kvm2, uri } },
+    hosts: { kvm1: here.uri, kvm2: { ...manifest.hosts.kvm2, uri, passphrase: { file: "key-passphrase" } } },
     defaults: {
       ...manifest.defaults,
       machine: { ...manifest.defaults.machine, domainType: "qemu", waitFor: [{ type: "serial", text: "virtlift-guest done" }] },
@@ -41,16 +48,19 @@ test("three machines boot from their OVAs' bytes on two hosts, though the driver
     machines: { ...manifest.machines, db: { ...manifest.machines.db, machine: { serialLog: join(here.directory, "db-serial0.log") } } },
   });
 
-  expect(await bed.cli("plan")).toMatchObject({ code: 0, stdout: expect.stringContaining("all machines may start") as string });
   const killed = bed.start("up");
   await expect.poll(() => killed.stderr(), { timeout: 90_000, interval: 50 }).toMatch(/: defining/);
   const left = descendants(killed.pid);
+  const lines = left.map((pid) => (existsSync(`/proc/${pid}/cmdline`) ? readFileSync(`/proc/${pid}/cmdline`, "utf8") : ""));
+  expect(lines.join("\n")).toContain("pulumi");
+  expect(lines.join("\n")).not.toContain(PASSPHRASE);
   process.kill(killed.pid, "SIGKILL");
   await killed.ended;
   expect(left.length).toBeGreaterThan(0);
 
   const moved = await bed.cli("up");
   expect(moved).toMatchObject({ code: 0, stdout: expect.stringMatching(/^3 done$/m) as string });
+  expect(moved.stdout).toContain("all machines may start");
   expect(moved.stderr).toMatch(/wave 1: up db, cache[\s\S]*wave 2: up web/);
 
   const report = JSON.parse((await bed.cli("report", "--json")).stdout) as BatchReport;
@@ -67,8 +77,13 @@ test("three machines boot from their OVAs' bytes on two hosts, though the driver
   }
   expect((await readdir(here.poolPath)).filter((name) => name !== ".virtlift")).toHaveLength(1);
 
-  const again = await bed.cli("plan");
-  expect(again.stdout.match(/ same /g)).toHaveLength(3);
+  for (const text of [moved.stdout, moved.stderr, killed.stderr(), bed.journal(), JSON.stringify(report)])
+    expect(text).not.toContain(PASSPHRASE);
+  // Grep exits 1 when it finds nothing.
+  await expect(
+    runCommand(["grep", "--recursive", "--fixed-strings", "--files-with-matches", PASSPHRASE, join(bed.directory, ".virtlift")]),
+  ).rejects.toThrow("exited 1");
+
   expect(await bed.cli("destroy", "--yes")).toMatchObject({ code: 0, stdout: "3 destroyed\n" });
   for (const host of [here, kvm2]) {
     expect((await host.virsh("list", "--all", "--name").catch(() => "")).trim()).toBe("");
