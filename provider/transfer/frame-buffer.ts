@@ -54,9 +54,11 @@ export class FrameBuffer {
     this.#spare.push(frame.bytes.buffer);
   }
 
-  /** Drops what was gathered. */
+  /** Drops what was gathered, and all memory. */
   clear(): void {
     this.#length = 0;
+    this.#memory = undefined;
+    this.#spare.length = 0;
   }
 
   /** Whether the frame goes on at `offset`, or comes to it by a small gap, which is filled. */

@@ -4,7 +4,7 @@ import { DiskError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { ImageError } from "../image/parser.ts";
 import { isZero } from "../image/bytes.ts";
-import type { RunList } from "../image/image.ts";
+import type { ImageFormat, RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { readsFarReferences } from "./canary.ts";
 import { verifyContent } from "./content.ts";
@@ -15,6 +15,9 @@ import { pump, type PumpOptions, type Target } from "./pump.ts";
 import type { OpenSource } from "./source.ts";
 import type { Throttle } from "./throttle.ts";
 import { openUpload } from "./upload.ts";
+
+/** Formats whose images may hold compressed clusters. */
+const COMPRESSING: ReadonlySet<ImageFormat> = new Set(["qcow2", "vmdk"]);
 
 /** What zeros of a raw volume are left out in. */
 const RAW_BLOCK_BYTES = 64 * 1024;
@@ -59,6 +62,8 @@ export async function importDisk(host: Host, source: OpenSource, options: Import
   const { upload, signal } = options;
   const writer = randomUUID();
   const hashesAll = options.format === "qcow2";
+  // Asked early, the answer is there when the first cluster needs it; whoever asks then hears of a failure.
+  if (mayTakeStreams(options) && COMPRESSING.has(source.image.format)) readsFarReferences(host).catch(() => {});
   const open = (): Promise<Part> =>
     upload === undefined ? openPartFile(host, { ...options, hashesAll }) : openUpload(host, { ...options, ...upload, writer, hashesAll });
   return intoPart({ open, path: source.path, signal }, (part) => fill(host, part, source, options));
@@ -120,6 +125,11 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt };
 }
 
+/** Whom libvirt's stream serves has no shell to ask qemu-img with. */
+function mayTakeStreams({ format, layout, upload }: ImportOptions): boolean {
+  return format === "qcow2" && layout === "compressed" && upload === undefined;
+}
+
 /** Where guest data goes, and how it ends. */
 interface VolumeTarget extends Target {
   /** Everything but the seal is on the host, durable and confirmed. Resolves with the content digest. */
@@ -144,8 +154,7 @@ function qcow2Target(host: Host, part: Part, granularityBytes: number, runs: Run
     clusterBytes,
     write: (virtualOffset, bytes) => send(writer.write(virtualOffset, bytes)),
     writeCompressed: (virtualOffset, deflated) => send(writer.writeCompressed(virtualOffset, deflated)),
-    // Whom libvirt's stream serves has no shell to ask qemu-img with.
-    takesForeignStreams: async () => options.upload === undefined && readsFarReferences(host),
+    takesForeignStreams: async () => mayTakeStreams(options) && readsFarReferences(host),
     finish: async () => {
       const { writes } = writer.finish();
       await send(writes);

@@ -138,6 +138,7 @@ export class PartFile implements Part {
   async settle(): Promise<void> {
     await this.#flush();
     while (this.#sent.size > 0) await this.#confirm();
+    this.#frames.clear();
     await this.#command("sync\n");
   }
 
