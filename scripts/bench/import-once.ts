@@ -29,6 +29,8 @@ export interface ImportReport {
   readonly cpuSeconds: number;
   readonly peakRssBytes: number;
   readonly sentBytes: number;
+  /** Of `seconds`: until the first read of the data, until the last, and until the volume was published. */
+  readonly phases: { readonly beginning: number; readonly moving: number; readonly closing: number };
 }
 
 const request = JSON.parse(argv[2] ?? "") as ImportRequest;
@@ -46,6 +48,8 @@ const hosts = createHosts({
   userId: getuid?.() ?? 0,
 });
 const startedMs = performance.now();
+let firstReadMs: number | undefined;
+let lastReadMs = startedMs;
 const cpuBefore = resourceUsage();
 await using source = await openSource(request.source);
 const { sentBytes } = await importDisk(hosts.open(request.host), source, {
@@ -57,11 +61,24 @@ const { sentBytes } = await importDisk(hosts.open(request.host), source, {
   capacityBytes: source.image.virtualSizeBytes,
   stamp: (ends) => ({ importId: request.id, ...ends }),
   signal: new AbortController().signal,
-  onProgress: () => {},
+  onProgress: () => {
+    lastReadMs = performance.now();
+    firstReadMs ??= lastReadMs;
+  },
 });
-const seconds = (performance.now() - startedMs) / 1000;
+const endedMs = performance.now();
 const cpu = resourceUsage();
 const cpuMicroseconds = cpu.userCPUTime + cpu.systemCPUTime - cpuBefore.userCPUTime - cpuBefore.systemCPUTime;
-const report: ImportReport = { seconds, cpuSeconds: cpuMicroseconds / 1e6, peakRssBytes: cpu.maxRSS * 1024, sentBytes };
+const report: ImportReport = {
+  seconds: (endedMs - startedMs) / 1000,
+  cpuSeconds: cpuMicroseconds / 1e6,
+  peakRssBytes: cpu.maxRSS * 1024,
+  sentBytes,
+  phases: {
+    beginning: ((firstReadMs ?? endedMs) - startedMs) / 1000,
+    moving: (lastReadMs - (firstReadMs ?? lastReadMs)) / 1000,
+    closing: (endedMs - Math.max(lastReadMs, firstReadMs ?? endedMs)) / 1000,
+  },
+};
 stdout.write(`${JSON.stringify(report)}\n`);
 await hosts.close();
