@@ -1,6 +1,7 @@
 /** A source that lies on the host: its header read there by our own parsers, its bytes copied or converted there, under the lock of its import. */
 import { createHash } from "node:crypto";
 import { posix } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import { DiskError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { quoteCommand } from "../host/quote.ts";
@@ -181,12 +182,14 @@ async function fillOnHost(host: Host, part: PartFile, { source, folder, mode }: 
   const digesting = Promise.all(files.map(({ path }, index) => digestOnHost(host, path, source.files[index]?.expected, options.signal)));
   digesting.catch(() => {});
   if (mode === "move") await confirm(digesting, folder);
-  await part.run(fillScript(mode, file.path, image, options));
+  const partPath = posix.join(posix.dirname(options.finalPath), WORK_FOLDER, `${options.id}.part`);
+  const filling = part.run(fillScript(mode, file.path, image, options));
+  await watchFile(host, partPath, { totalBytes: filledBytes(mode, files, options), onProgress: options.onProgress }, filling);
   if (mode === "copy" || options.capacityBytes > image.virtualSizeBytes) await grow(part, options);
   if (mode === "copy") await confirm(digesting, folder);
   const sourceDigest = digestOfAll(await digesting, files);
   await part.settle();
-  const work = new HostFolder(host, posix.join(posix.dirname(options.finalPath), WORK_FOLDER, `${options.id}.part`));
+  const work = new HostFolder(host, partPath);
   const madeBytes = (await work.look("")).sizeBytes;
   const made = await drive(openImage({ sizeBytes: madeBytes, format: options.format }), (name) => work.file(name));
   if (made.virtualSizeBytes !== options.capacityBytes) {
@@ -206,6 +209,45 @@ async function fillOnHost(host: Host, part: PartFile, { source, folder, mode }: 
   // Its bytes have another name now: only the old name goes, and only while it still leads to them.
   if (mode === "move") await host.run(["sh", "-c", '[ "$1" -ef "$2" ] && rm -- "$1"', "virtlift", file.path, options.finalPath]);
   return { sourceDigest, contentDigest, allocatedBytes, sentBytes: 0, keptBytes: 0, importedAt };
+}
+
+/** What the part will occupy, about; undefined where nobody can say. */
+function filledBytes(mode: HostMode, files: readonly HostFile[], { layout, capacityBytes }: ImportOptions): number | undefined {
+  if (mode === "move" || layout === "compressed") return undefined;
+  return layout === "full" ? capacityBytes : files.reduce((sum, { allocatedBytes }) => sum + allocatedBytes, 0);
+}
+
+/** How often the host is asked how far a work is: each time costs a command. */
+const WATCH_MS = 10_000;
+
+export interface WatchOptions {
+  /** What the file will occupy; undefined has nothing told. */
+  readonly totalBytes: number | undefined;
+  readonly onProgress: (doneBytes: number, totalBytes: number) => void;
+  /** Default 10,000. */
+  readonly everyMs?: number;
+}
+
+/** Tells how much of a file on the host is there by now, until the work that writes it has settled; then settles as that did. */
+export async function watchFile<T>(host: Host, path: string, options: WatchOptions, work: Promise<T>): Promise<T> {
+  const { totalBytes, onProgress, everyMs = WATCH_MS } = options;
+  const end = new AbortController();
+  const watch = async (total: number): Promise<void> => {
+    for (;;) {
+      await sleep(everyMs, undefined, { signal: end.signal });
+      const { stdout } = await host.run(["stat", "-c", "%b", "--", path], { signal: end.signal });
+      onProgress(Math.min(total, Number(stdout.toString("latin1")) * 512), total);
+    }
+  };
+  const watching = (totalBytes ? watch(totalBytes) : Promise.resolve()).catch(() => {
+    // The work is over, or the host cannot be asked: the work itself tells of that.
+  });
+  try {
+    return await work;
+  } finally {
+    end.abort();
+    await watching;
+  }
 }
 
 async function confirm(digesting: Promise<unknown>, folder: HostFolder): Promise<void> {
