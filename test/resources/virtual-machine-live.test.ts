@@ -179,6 +179,17 @@ test(
       await libvirtd.virsh("domiflist", "live"),
     ];
     const before = await shown();
+    const onOtherBuses = {
+      bus: "sata",
+      disks: [{ device: "cdrom" }, { size: "4MiB", name: "more", bus: "scsi" }],
+      onRestartRequired: "defer",
+    };
+    const moving = await desk.checked({ ...args, ...onOtherBuses }, inputs);
+    state = await virtualMachine.update(context, id, state, moving);
+    expect([state.restartPending, (await shown())[0]]).toEqual([true, before[0]]);
+    state = await virtualMachine.update(context, id, state, inputs);
+    expect([state.restartPending, await shown()]).toEqual([false, before]);
+
     const broken = [
       { device: "cdrom" },
       { size: "4MiB", name: "more" },
