@@ -1,6 +1,6 @@
 /** Checks as a whole: they change nothing, cry no wolf, can be overruled with a reason, ask once for all, and work without a program. */
-import { copyFile, mkdir, open, readdir, rm, stat, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { copyFile, mkdir, open, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { dirname, join } from "node:path";
 import { describe, expect, test as base, vi } from "vitest";
 import { prepareGuest } from "../../../scripts/guest/guest.ts";
 import { runCommand } from "../../../scripts/setup/command.ts";
@@ -10,6 +10,8 @@ import { checkSource } from "../../../provider/resources/preflight/check.ts";
 import { virtualMachine } from "../../../provider/resources/virtual-machine.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../../bed/libvirtd.ts";
 import { qemuImg } from "../../image/qemu.ts";
+import { openWebServer } from "../../transfer/web-server.ts";
+import { writeBiosDisk } from "./boot-disks.ts";
 import { countingHosts } from "./counting-hosts.ts";
 import { type Desk, openDesk, rulesOf } from "./desk.ts";
 
@@ -45,7 +47,15 @@ const test = base.extend<Fixtures>({
   },
 });
 
+/** Descriptors as exporters write them. */
+const EXPORTS = join(import.meta.dirname, "../../fixtures/ovf");
+
 const sshTo = (kvm: KvmHost) => ({ uri: kvm.sshUri(), identityFile: kvm.sshd.clientKey.path, knownHostsFile: kvm.sshd.knownHostsFile });
+
+/** This machine's address as the host sees it: the one before its own in their network of two. */
+function seenBy({ address }: KvmHost): string {
+  return address.replace(/\d+$/, (last) => String(Number(last) - 1));
+}
 
 /** All of a host that a check could change: files with their times, volumes, machines, networks. */
 async function portrait(bed: Libvirtd): Promise<string> {
@@ -65,7 +75,8 @@ async function portrait(bed: Libvirtd): Promise<string> {
       ["dumpxml", "there"],
     ].map((argv) => bed.virsh(...argv)),
   );
-  return [...files, mtimeMs, ctimeMs, ...told].join("\n");
+  const settings = await bed.run("find", "/etc/libvirt", bed.directory, "-xdev", "-name", "*.[xqr]*", "-printf", "%p %s %T@ %C@\\n");
+  return [...files, mtimeMs, ctimeMs, ...told, settings].join("\n");
 }
 
 async function defineThere(bed: Libvirtd): Promise<void> {
@@ -82,17 +93,35 @@ async function defineThere(bed: Libvirtd): Promise<void> {
 
 describe("a check", () => {
   test("changes nothing on the host, whatever it finds, by the socket and over SSH", async ({ libvirtd, kvm }) => {
-    const guest = await prepareGuest("vmdk-stream");
+    const [guest, ova] = [await prepareGuest("vmdk-stream"), await prepareGuestOva()];
     for (const [bed, host] of [
       [libvirtd, libvirtd.uri],
       [kvm, sshTo(kvm)],
     ] as const) {
       await defineThere(bed);
+      const [free, outside] = [join(bed.poolPath, "free.qcow2"), join(bed.directory, "outside.qcow2")];
+      for (const path of [free, outside]) await copyFile(join(bed.poolPath, "there.qcow2"), path);
+      await bed.virsh("pool-refresh", "default");
+      await using server = await openWebServer("address" in bed ? { address: seenBy(bed) } : {});
+      server.files.set("/disk.vmdk", { bytes: await readFile(guest.path) });
+      const url = `${server.origin}/disk.vmdk`;
       const before = await portrait(bed);
       await using desk = openDesk(host);
       const disk = await desk.checkDisk("web-root", { source: { file: guest.path } });
       await desk.checkDisk("taken", { source: { file: guest.path }, name: "there" });
       await desk.checkDisk("none", { source: { file: "/none" }, layout: "full" });
+      for (const source of [
+        { ova: ova.path },
+        { url },
+        { url, fetch: "host" },
+        { hostPath: outside },
+        { hostPath: outside, mode: "move" },
+        { hostPath: free, mode: "adopt" },
+        { volume: "there.qcow2" },
+      ]) {
+        const { failures } = await desk.checkDisk(`from-${JSON.stringify(source)}`.replaceAll(/[^a-z0-9]/g, ""), { source });
+        expect(failures).toEqual([]);
+      }
       const importedDisk = { diskId: disk.inputs.diskId, path: disk.inputs.path };
       await desk.checkMachine("web", { importedDisk, networks: [{ network: "default" }], disks: [{ size: "1GiB", name: "data" }] });
       await desk.checkMachine("there", { importedDisk, name: "there", firmware: "uefi", tpm: true });
@@ -107,22 +136,79 @@ describe("a check", () => {
     for (const format of ["raw", "qcow2", "vmdk", "vmdk-stream"] as const) {
       const { path } = await prepareGuest(format);
       for (const layout of ["sparse", "compressed", "full"] as const) {
-        const { inputs, failures } = await desk.checkDisk(`${format}-${layout}`, { source: { file: path }, layout });
-        expect(failures).toEqual([]);
-        for (const machine of [
-          { bus: "virtio" },
-          { bus: "sata", firmware: "uefi" },
-          { bus: "scsi", firmware: "uefi", secureBoot: true, tpm: true },
-          { bus: "ide", machine: "pc" },
-          { networks: [{ network: "default" }, { type: "user", model: "e1000e" }], cpu: { mode: "maximum" }, powerState: "stopped" },
-        ]) {
-          await using alone = openDesk(libvirtd.uri);
-          await alone.checkDisk("root", { source: { file: path }, layout });
-          const importedDisk = { diskId: inputs.diskId, path: inputs.path };
-          expect((await alone.checkMachine("web", { importedDisk, memoryMiB: 256, ...machine })).failures).toEqual([]);
-        }
+        expect((await desk.checkDisk(`${format}-${layout}`, { source: { file: path }, layout })).failures).toEqual([]);
+      }
+      for (const machine of [
+        { bus: "virtio" },
+        { bus: "sata", firmware: "uefi" },
+        { bus: "scsi", firmware: "uefi", secureBoot: true, tpm: true },
+        { bus: "ide", machine: "pc" },
+        { networks: [{ network: "default" }, { type: "user", model: "e1000e" }], cpu: { mode: "maximum" }, powerState: "stopped" },
+      ]) {
+        await using alone = openDesk(libvirtd.uri);
+        const { inputs } = await alone.checkDisk("root", { source: { file: path } });
+        const importedDisk = { diskId: inputs.diskId, path: inputs.path };
+        expect((await alone.checkMachine("web", { importedDisk, memoryMiB: 256, ...machine })).failures).toEqual([]);
       }
     }
+  });
+
+  test("blocks no image of another format or kind, nor one that is wrapped", async ({ libvirtd, desk }) => {
+    const path = await writeBiosDisk(join(libvirtd.directory, "bios.raw"));
+    const written = (name: string): string => join(libvirtd.directory, name);
+    const kinds = {
+      "v2.qcow2": ["qcow2", "-o", "compat=0.10"],
+      "zstd.qcow2": ["qcow2", "-c", "-o", "compression_type=zstd"],
+      "flat.vmdk": ["vmdk", "-o", "subformat=monolithicFlat"],
+      "split.vmdk": ["vmdk", "-o", "subformat=twoGbMaxExtentSparse"],
+      "dynamic.vhd": ["vpc"],
+      "fixed.vhd": ["vpc", "-o", "subformat=fixed"],
+      "disk.vhdx": ["vhdx"],
+      "disk.vdi": ["vdi"],
+    };
+    for (const [name, options] of Object.entries(kinds)) await qemuImg("convert", "-f", "raw", "-O", ...options, path, written(name));
+    await runCommand([
+      "sh",
+      "-c",
+      'gzip -1 < "$1" > "$2.raw.gz"; zstd -q < "$1" > "$2.raw.zst"; xz -0 < "$1" > "$2.raw.xz"',
+      "sh",
+      path,
+      written("wrapped"),
+    ]);
+    for (const name of [...Object.keys(kinds), "wrapped.raw.gz", "wrapped.raw.zst", "wrapped.raw.xz"]) {
+      const { failures } = await desk.checkDisk(name, { source: { file: written(name) } });
+      expect([name, ...failures]).toEqual([name]);
+    }
+  });
+
+  test("blocks no package of any exporter", async ({ libvirtd, desk }) => {
+    const stream = (await prepareGuest("vmdk-stream")).path;
+    const other = (await prepareGuest("qcow2")).path;
+    const blocked: Record<string, readonly (string | undefined)[]> = {};
+    for (const exporter of await readdir(EXPORTS)) {
+      const folder = join(libvirtd.directory, exporter);
+      // Its files and its memory are larger than those of a guest for tests.
+      const text = (await readFile(join(EXPORTS, exporter), "utf8"))
+        .replaceAll(/ ovf:size="\d+"/g, "")
+        .replaceAll(/>(8192|16384)</g, ">256<");
+      for (const [, href] of text.matchAll(/ovf:href="([^"]+)"/g)) {
+        const file = join(folder, href!);
+        await mkdir(dirname(file), { recursive: true });
+        if (file.endsWith(".vhd")) await qemuImg("convert", "-f", "qcow2", "-O", "vpc", other, file);
+        else await copyFile(file.endsWith(".vmdk") ? stream : other, file);
+      }
+      await writeFile(join(folder, exporter), text);
+      const report = await checkSource(desk.context, { path: join(folder, exporter), host: libvirtd.uri });
+      blocked[exporter] = report.findings.filter(({ level }) => level === "block").map(({ rule }) => rule);
+    }
+    expect(blocked).toEqual({
+      "aws.ovf": [],
+      // Its disks lie in folders of their own, and only what lies beside a descriptor is read.
+      "ovirt.ovf": ["virtlift/source-refused"],
+      "virtualbox.ovf": [],
+      "vmware.ovf": [],
+      "xenserver.ovf": [],
+    });
   });
 
   test("blocks no disk that UEFI starts though no table says so, nor a card that its slots only seem to lack", async ({
