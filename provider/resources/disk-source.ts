@@ -7,7 +7,7 @@ import { ImageError } from "../image/parser.ts";
 import { isTar } from "../image/tar.ts";
 import { wrappingOf } from "../image/wrapping.ts";
 import { isZip, ZIP_MAGIC_BYTES } from "../image/zip.ts";
-import { fetchOnHost, lookFromHost } from "../transfer/host-fetch.ts";
+import { fetchOnHost, type HostFetchOptions, lookFromHost } from "../transfer/host-fetch.ts";
 import { shownUrl, urlFileName } from "../transfer/http.ts";
 import { type HostFile, HostFolder, type HostMode } from "../transfer/on-host.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
@@ -19,8 +19,8 @@ import { gatherSource, type SourceFacts } from "./preflight/source-facts.ts";
 import type { Source } from "./schema.ts";
 import { domainsUsing } from "./usage.ts";
 
-/** Where things are kept on this machine, and what stops a long read. */
-export type SourceSettings = Pick<SourceOptions, "scratchFolder" | "signal">;
+/** Where things are kept on this machine, what stops a long read, and who is told how far the host is when it fetches. */
+export type SourceSettings = Pick<SourceOptions, "scratchFolder" | "signal"> & Pick<HostFetchOptions, "onProgress">;
 
 /** An open source. Where it lies on the host, `onHost` says so: then its bytes stay there. Close it. */
 export interface DeclaredSource {
@@ -196,7 +196,12 @@ async function openFetched(
 ): Promise<DeclaredSource> {
   const { checksum, importId: id, path: finalPath } = inputs;
   const digest = checksum === undefined ? undefined : await resolveChecksum(checksum, urlFileName(source.url), settings);
-  const path = await fetchOnHost(host, source, { id, finalPath, signal: settings.signal ?? new AbortController().signal });
+  const path = await fetchOnHost(host, source, {
+    id,
+    finalPath,
+    signal: settings.signal ?? new AbortController().signal,
+    onProgress: settings.onProgress,
+  });
   const folder = new HostFolder(host, path);
   const opened = await openSource(
     { file: path },

@@ -210,7 +210,8 @@ async function tellPlan(context: Context, host: Host, facts: DiskFacts): Promise
   const { source, inputs } = facts;
   if (source instanceof DiskError) return;
   const link = await factsOf(host).link();
-  tell(context, "info", `${inputs.diskId}: ${describeCopy(facts, source, wireBytes(facts), link?.bytesPerSecond)}`);
+  const rates = { link: link?.bytesPerSecond, limit: context.throttle?.bytesPerSecond };
+  tell(context, "info", `${inputs.diskId}: ${describeCopy(facts, source, wireBytes(facts), rates)}`);
   for (const note of source.notes) tell(context, "info", `${inputs.diskId}: ${note}`);
 }
 
@@ -263,7 +264,8 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
   const startedMs = performance.now();
   const refusal = refusalWithoutPrograms(host, inputs, uploadReason);
   if (refusal) throw refusal;
-  const { source, onHost } = await openDeclared(host, inputs, sourceSettings(context));
+  const tellFetch = tellProgress(`${inputs.diskId}, to ${host.label}`, (line) => context.log("info", line));
+  const { source, onHost } = await openDeclared(host, inputs, { ...sourceSettings(context), onProgress: tellFetch });
   await using _closed = source;
   const virtualSizeBytes = Math.max(inputs.capacity ?? 0, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
   const { importId, origin, provenance, migrationRef, source: from, verify: verified } = inputs;

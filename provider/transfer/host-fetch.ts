@@ -5,6 +5,7 @@ import { CommandError, ConnectionError, DiskError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { quoteArgument, quoteCommand } from "../host/quote.ts";
 import { shownUrl, type WebSpec } from "./http.ts";
+import { watchFile } from "./on-host.ts";
 import { openPartFile, type PartFile, WORK_FOLDER } from "./part-file.ts";
 
 /** What the host reads of the file to tell what it is. */
@@ -73,6 +74,8 @@ export interface HostFetchOptions {
   readonly id: string;
   readonly finalPath: string;
   readonly signal: AbortSignal;
+  /** Told now and then, where the server says a size. Default: nobody is told. */
+  readonly onProgress?: ((doneBytes: number, totalBytes: number) => void) | undefined;
 }
 
 /**
@@ -82,13 +85,15 @@ export interface HostFetchOptions {
  * Throws as `lookFromHost`; ConnectionError when the server breaks off again and again: what came stays.
  */
 export async function fetchOnHost(host: Host, spec: WebSpec, options: HostFetchOptions): Promise<string> {
+  const { onProgress } = options;
   const { validator, sizeBytes } = await lookFromHost(host, spec);
   const path = posix.join(posix.dirname(options.finalPath), WORK_FOLDER, `${options.id}.source`);
   await using part = await openPartFile(host, options);
   await part.run(`${keepOnly(validator)} exec true`);
   for (let attempt = 1; ; attempt++) {
     try {
-      await fetchRest(part, spec, validator, sizeBytes);
+      const fetching = fetchRest(part, spec, validator, sizeBytes);
+      await watchFile(host, path, { totalBytes: onProgress && sizeBytes, onProgress: onProgress ?? (() => {}) }, fetching);
       return path;
     } catch (error) {
       options.signal.throwIfAborted();
