@@ -7,7 +7,9 @@ import { DiskRefSchema, HostSchema, ORIGIN_FAULT, SizeSchema, VolumeNameSchema }
 const TextSchema = z.string().refine(fitsXml, "the text holds a control character, which libvirt cannot store");
 const LineSchema = TextSchema.refine((text) => !/[\r\n]/.test(text), "the text is to be one line");
 const PathSchema = TextSchema.regex(/^\//, "the path on the host is to be absolute, beginning with /");
-const BusSchema = z.enum(["virtio", "sata", "scsi", "ide"]);
+const BusSchema = z.enum(["virtio", "sata", "scsi", "ide"], {
+  error: 'a bus is "virtio", "sata", "scsi" or "ide": libvirt has no NVMe disks that are made from a file',
+});
 const FormatSchema = z.enum(["qcow2", "raw"]);
 
 /** How a disk is served. Of a running guest none of it changes. */

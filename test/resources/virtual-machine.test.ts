@@ -99,6 +99,7 @@ describe("check", () => {
     "a control character": [{ description: "a\u0001" }, "description", "control character"],
     "Secure Boot without UEFI": [{ secureBoot: true }, "secureBoot", 'set `firmware: "uefi"`'],
     "Secure Boot on a pc": [{ secureBoot: true, firmware: "uefi", machine: "pc" }, "secureBoot", "needs the chipset q35"],
+    "a bus that libvirt has not": [{ bus: "nvme" }, "bus", "libvirt has no NVMe disks that are made from a file"],
     "IDE on a q35": [{ bus: "ide" }, "bus", "has no IDE"],
     "a CD-ROM on virtio": [{ disks: [{ path: "/a.iso", device: "cdrom", bus: "virtio" }] }, "disks[0].bus", "no CD-ROM on virtio"],
     "a custom CPU without a model": [{ cpu: { mode: "custom" } }, "cpu", "needs one"],
