@@ -1,10 +1,11 @@
 /**
  * `npm run bench`: measures what the project promises to be quick at, beside what people do instead, and prints what was reached of what was aimed at.
  * Names of sections (`npm run bench -- copy preview`) run those alone. `--quick` takes a quarter of the data and one round, and leaves out what is
- * large; `--rounds N` says how often each contender runs (default 3). Needs root: hosts are private ones, in name spaces of their own.
+ * large; `--rounds N` says how often each contender runs (default 3), `--machines N` how many a large batch has (default 50). Needs root: hosts are private ones, in name spaces of their own.
  */
 import { argv, exit, getuid } from "node:process";
 import { parseArgs } from "node:util";
+import { benchBatch } from "./bench/batch.ts";
 import { benchCopy } from "./bench/copy.ts";
 import { benchPreview } from "./bench/preview.ts";
 import { LIBVIRT, preparePackages, SetupError, TESTS } from "./setup/packages.ts";
@@ -12,7 +13,7 @@ import { say } from "./setup/steps.ts";
 
 const { values: options, positionals: wanted } = parseArgs({
   args: argv.slice(2),
-  options: { quick: { type: "boolean", default: false }, rounds: { type: "string" } },
+  options: { quick: { type: "boolean", default: false }, rounds: { type: "string" }, machines: { type: "string", default: "50" } },
   allowPositionals: true,
 });
 const isQuick = options.quick;
@@ -22,11 +23,14 @@ const rounds = Number(options.rounds ?? (isQuick ? 1 : 3));
 const SECTIONS: Readonly<Record<string, () => Promise<void>>> = {
   copy: () => benchCopy({ isQuick, rounds }),
   preview: () => benchPreview(),
+  batch: () => benchBatch({ isQuick, planned: Number(options.machines) }),
 };
 
 try {
   if (getuid?.() !== 0) throw new SetupError("the benchmark needs root: its hosts are private ones, in name spaces of their own");
   if (!Number.isInteger(rounds) || rounds < 1) throw new SetupError(`--rounds ${options.rounds} is no number of rounds: give 1 or more`);
+  if (!/^[1-9]\d{0,3}$/.test(options.machines))
+    throw new SetupError(`--machines ${options.machines} is no number of machines: give 1 to 9999`);
   const unknown = wanted.find((name) => !Object.hasOwn(SECTIONS, name));
   if (unknown !== undefined)
     throw new SetupError(`there is no section ${unknown} of the benchmark, only ${Object.keys(SECTIONS).join(", ")}`);

@@ -387,12 +387,35 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
 /** What an import is taken to reach at most, whatever the connection: about what two cores do that hash at both ends. */
 const COPY_BYTES_PER_SECOND = 200 * 1024 * 1024;
 
-/** The line that says what will be done: from where, in what form, where to, how much, and how long. `linkBytesPerSecond` is measured, undefined where there is no link. */
-export function describeCopy(facts: DiskFacts, source: SourceFacts, wireBytes: number, linkBytesPerSecond: number | undefined): string {
+interface Rate {
+  readonly bytesPerSecond: number;
+  readonly basis: string;
+}
+
+/** Of those that are known; the first is. */
+function slowestOf(rates: readonly [Rate, ...(Omit<Rate, "bytesPerSecond"> & { readonly bytesPerSecond: number | undefined })[]]): Rate {
+  let slowest = rates[0];
+  for (const { bytesPerSecond, basis } of rates)
+    if (bytesPerSecond !== undefined && bytesPerSecond < slowest.bytesPerSecond) slowest = { bytesPerSecond, basis };
+  return slowest;
+}
+
+/**
+ * The line that says what will be done: from where, in what form, where to, how much, and how long. Rates are in bytes per second: the link's is measured,
+ * undefined where there is no link; the limit is the run's.
+ */
+export function describeCopy(
+  facts: DiskFacts,
+  source: SourceFacts,
+  wireBytes: number,
+  rates: { readonly link: number | undefined; readonly limit: number | undefined },
+): string {
   const { inputs, host } = facts;
-  const isLinkSlower = linkBytesPerSecond !== undefined && linkBytesPerSecond < COPY_BYTES_PER_SECOND;
-  const bytesPerSecond = isLinkSlower ? linkBytesPerSecond : COPY_BYTES_PER_SECOND;
-  const basis = isLinkSlower ? "as measured on this connection just now" : "assumed, as nothing was measured that is slower";
+  const { bytesPerSecond, basis } = slowestOf([
+    { bytesPerSecond: COPY_BYTES_PER_SECOND, basis: "assumed, as nothing was measured that is slower" },
+    { bytesPerSecond: rates.link, basis: "as measured on this connection just now" },
+    { bytesPerSecond: rates.limit, basis: "to which this run is limited" },
+  ]);
   const seconds = Math.max(1, Math.ceil(wireBytes / bytesPerSecond));
   const size = source.virtualSizeBytes === 0 ? "of a size that shows on import" : `${formatBytes(capacityOf(facts) ?? 0)} virtual`;
   const from = `${source.path} (${source.format} ${source.variant}, ${size}) -> ${host.label}:${inputs.path}`;
