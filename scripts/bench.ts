@@ -1,7 +1,8 @@
 /**
  * `npm run bench`: measures what the project promises to be quick at, beside what people do instead, and prints what was reached of what was aimed at.
  * Names of sections (`npm run bench -- copy preview`) run those alone. `--quick` takes a quarter of the data and one round, and leaves out what is
- * large; `--rounds N` says how often each contender runs (default 3), `--machines N` how many a large batch has (default 50). Needs root: hosts are private ones, in name spaces of their own.
+ * large; `--rounds N` says how often each contender runs (default 3), `--machines N` how many a large batch has (default 50). Needs root: hosts are
+ * private ones, in name spaces of their own.
  */
 import { argv, exit, getuid } from "node:process";
 import { parseArgs } from "node:util";
