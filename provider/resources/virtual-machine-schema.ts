@@ -440,7 +440,7 @@ export const VirtualMachineSchema = z.strictObject({
   xmlPatches: z.array(XmlPatchSchema).max(100).optional(),
   /**
    * A machine that is on the host already and is nobody's: it becomes this one, with its UUID, its name and its addresses, and is not restarted. The preview
-   * says what will change. It counts at creation only.
+   * says what will change, what no property knows and stays, and what goes. It counts at creation only.
    */
   adopt: AdoptSchema.optional(),
   /** Rules of the preview that are to have another level, or none, for this machine: by id, each with a reason that is kept. Default: as the rules say. */
