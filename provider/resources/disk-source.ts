@@ -101,7 +101,7 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
 }
 
 /** Whether the host itself reads the source's bytes, by programs of its own. */
-export function isReadByHost(source: Source): boolean {
+export function isReadByHost(source: Source): source is Exclude<Source, SourceSpec> | Extract<Source, { readonly url: string }> {
   return isOnHost(source) || isFetchedByHost(source);
 }
 
