@@ -34,6 +34,7 @@ import { describeCopy, DISK_RULES } from "./preflight/disk-rules.ts";
 import { changing, factsOf } from "./preflight/host-facts.ts";
 import { conclude, judgeTrouble, settingsOf, type Subject, tell } from "./preflight/preflight.ts";
 import { judge } from "./preflight/rule.ts";
+import { type GuestTraits, traitsOf } from "./preflight/source-facts.ts";
 import type { Context, PropertyChange, Resource } from "./resource.ts";
 import { activePool } from "./pool.ts";
 import { ImportedDiskSchema } from "./schema.ts";
@@ -53,6 +54,8 @@ export interface DiskInputs extends Args {
   readonly volumeName: string;
   /** Absolute path on the host. */
   readonly path: string;
+  /** What its source told of the guest when it was declared, for a machine that is made or changed later; absent where it told nothing. */
+  readonly guest?: GuestTraits | undefined;
 }
 
 export interface DiskState extends DiskInputs, Home {
@@ -98,6 +101,7 @@ export const DISK_CHANGES: Readonly<Record<keyof DiskInputs, "live" | "replace">
   diskId: "replace",
   volumeName: "replace",
   path: "replace",
+  guest: "live",
 };
 
 export const importedDisk: Resource<DiskInputs, DiskState> = {
@@ -129,7 +133,13 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
   const declaration = declarationOf(args);
   // The source of a disk that was imported is history: only another declaration makes it read again.
   if (olds?.declaration === declaration) {
-    deploymentOf(context.hosts).declareDisk({ ...olds, origin: args.origin, daemon: daemonOf(args.host), neededBytes: 0 });
+    deploymentOf(context.hosts).declareDisk({
+      ...olds,
+      origin: args.origin,
+      daemon: daemonOf(args.host),
+      neededBytes: 0,
+      content: olds.guest,
+    });
     return { inputs: { ...args, ...identityOf(olds) }, failures: unset };
   }
   const importId = hash(JSON.stringify([args.origin, declaration])).slice(0, 32);
@@ -154,7 +164,8 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
     const judgements = [...refused, ...(isFinished ? [] : judge(DISK_RULES, facts, settings))];
     const found = [...unset, ...conclude(context, subjectOf(inputs), judgements)];
     if (found.length === 0 && !isFinished) await tellPlan(context, host, facts);
-    return { inputs, failures: found };
+    const guest = facts.source instanceof DiskError ? undefined : traitsOf(facts.source);
+    return { inputs: guest ? { ...inputs, guest } : inputs, failures: found };
   } catch (error) {
     return { inputs: placed, failures: conclude(context, subjectOf(placed), judgeTrouble(error)) };
   }
@@ -166,8 +177,8 @@ function subjectOf({ origin, diskId }: DiskInputs): Subject {
 
 const unknownIdentity = { declaration: UNKNOWN, importId: UNKNOWN, diskId: UNKNOWN, volumeName: UNKNOWN, path: UNKNOWN };
 
-function identityOf({ declaration, importId, diskId, volumeName, path }: DiskInputs) {
-  return { declaration, importId, diskId, volumeName, path };
+function identityOf({ declaration, importId, diskId, volumeName, path, guest }: DiskInputs) {
+  return { declaration, importId, diskId, volumeName, path, guest };
 }
 
 function declarationOf(args: Args): string {

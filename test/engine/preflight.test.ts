@@ -26,11 +26,10 @@ test("a preview fails with all findings of the first resource that is blocked, g
   const project = await pulumi.openProject(PROGRAM, { config });
   const refused = await project.run("preview");
   expect(refused.exitCode).not.toBe(0);
-  const told = [...refused.stdout.matchAll(/resource '(\w+)' has a problem: .*\((virtlift\/[a-z-]+)\)/g)].map(
-    ([, name, rule]) => `${name} ${rule}`,
-  );
-  // The engine asks for no other resource once one has failed.
-  expect(new Set(told)).toEqual(new Set(["root virtlift/no-checksum", "root virtlift/empty-image"]));
+  const told = [...refused.stdout.matchAll(/resource '(\w+)' has a problem: .*\((virtlift\/[a-z-]+)\)/g)];
+  // The engine asks for no other resource once one has failed; which one is first, it does not promise.
+  expect(new Set(told.map(([, name]) => name)).size).toBe(1);
+  expect(new Set(told.map(([, , rule]) => rule))).toEqual(new Set(["virtlift/no-checksum", "virtlift/empty-image"]));
 
   const reason = "a template without content";
   await project.mustRun(

@@ -4,7 +4,7 @@
  * takes the place of the first and never accuses it.
  */
 import type { Hosts } from "../../host/hosts.ts";
-import type { DiskOrigin } from "./source-facts.ts";
+import type { GuestTraits } from "./source-facts.ts";
 import type { Judgement } from "./rule.ts";
 
 /** A disk as declared. */
@@ -18,7 +18,7 @@ export interface DeclaredDisk {
   /** What it will take in its pool; 0 when it is there already. */
   readonly neededBytes: number;
   /** What its bytes tell about the guest; undefined when they were not read. */
-  readonly content?: DiskOrigin | undefined;
+  readonly content?: GuestTraits | undefined;
 }
 
 /** A machine as declared. */
@@ -71,7 +71,7 @@ export class Deployment {
   }
 
   /** What the bytes tell of a disk that is declared to lie at the path; undefined when none is, or its source was not read. */
-  contentAt(daemon: string, path: string): DiskOrigin | undefined {
+  contentAt(daemon: string, path: string): GuestTraits | undefined {
     return [...this.#disks.values()].find((disk) => disk.daemon === daemon && disk.path === path)?.content;
   }
 

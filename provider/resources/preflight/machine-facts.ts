@@ -17,7 +17,7 @@ import {
   type HostNetwork,
   type HostSystem,
 } from "./host-facts.ts";
-import type { DiskOrigin } from "./source-facts.ts";
+import type { GuestTraits } from "./source-facts.ts";
 
 export interface MachineFacts {
   readonly inputs: MachineInputs;
@@ -44,7 +44,7 @@ export interface MachineFacts {
   /** The other machines of this deployment on the same host. */
   readonly siblings: readonly DeclaredMachine[];
   /** What the bytes tell of the disk that it boots from; undefined when they were not read in this deployment. */
-  readonly boot: DiskOrigin | undefined;
+  readonly boot: GuestTraits | undefined;
 }
 
 /** How long after its making a machine is still taken for that of an engine which was killed before it kept the answer. */

@@ -7,7 +7,7 @@ import { ownVolumes } from "../virtual-machine-spec.ts";
 import type { FolderStep, HostMachine } from "./host-facts.ts";
 import { isWritable, type MachineFacts } from "./machine-facts.ts";
 import type { Finding, Rule } from "./rule.ts";
-import type { DiskOrigin } from "./source-facts.ts";
+import type { GuestTraits } from "./source-facts.ts";
 
 /** From here on a guest's timers and certificates suffer. */
 const MAX_CLOCK_SECONDS = 30;
@@ -648,7 +648,7 @@ function startsByBios(partitions: PartitionTable, packedFirmware: "bios" | "efi"
 const EXTENDED_TYPES: ReadonlySet<string> = new Set(["05", "0f", "85"]);
 
 /** OVMF starts EFI/BOOT/BOOTX64.EFI from any partition with FAT, whatever its type. True also where nobody looked. Source: UEFI 2.10, section 13.3. */
-function startsByUefi({ partitions, holdsFat }: DiskOrigin): boolean {
+function startsByUefi({ partitions, holdsFat }: GuestTraits): boolean {
   if (partitions === undefined || holdsFat !== false || partitions.hasEfiSystemPartition) return true;
   return partitions.partitions.some(({ type }) => EXTENDED_TYPES.has(type));
 }

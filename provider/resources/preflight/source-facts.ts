@@ -2,21 +2,30 @@
 import type { DiskImage, RunList } from "../../image/image.ts";
 import type { Digest } from "../../image/manifest.ts";
 import type { OvfPackage, PackagedDisk } from "../../image/ova.ts";
+import type { OvfNic, OvfSystem } from "../../image/ovf.ts";
 import { isFat, PARTITION_TABLE_BYTES, type PartitionTable, readPartitions } from "../../image/partitions.ts";
 import { readGuest } from "../../transfer/guest-start.ts";
 import type { OpenSource } from "../../transfer/source.ts";
 
-/** What the bytes tell about the guest. */
-export interface DiskOrigin {
-  /** undefined when the start of the disk is damaged. */
-  readonly partitions: PartitionTable | undefined;
+/** What a disk tells about the guest on it, as far as the rules about its machine ask. Plain JSON: it is kept with the disk, whose source is read once. */
+export interface GuestTraits {
+  /** undefined when the start of the disk is damaged, or was not read. */
+  readonly partitions?: PartitionTable | undefined;
   /** Whether one of its first partitions holds a FAT file system; undefined when nobody looked. */
   readonly holdsFat?: boolean | undefined;
-  /** The machine that the disk was packed with, and which of its disks it is; undefined outside of a package. */
-  readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
+  /** Of the machine that the disk was packed with, and of the disk in it; undefined outside of a package. */
+  readonly packed?:
+    | {
+        readonly package: { readonly system: Pick<OvfSystem, "firmware" | "guest"> & { readonly nics: readonly Pick<OvfNic, "model">[] } };
+        readonly disk: Pick<PackagedDisk, "controller">;
+      }
+    | undefined;
 }
 
-export interface SourceFacts extends DiskOrigin {
+export interface SourceFacts extends GuestTraits {
+  readonly partitions: PartitionTable | undefined;
+  /** The machine that the disk was packed with, and which of its disks it is; undefined outside of a package. */
+  readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
   /** The path as declared. */
   readonly path: string;
   readonly format: DiskImage["format"];
@@ -56,6 +65,21 @@ export async function gatherSource(source: OpenSource): Promise<SourceFacts> {
     holdsFat: partitions && (await holdsFat(source, runs, partitions)),
     packed,
   };
+}
+
+/** What is kept of the facts; undefined when they tell nothing of the guest. */
+export function traitsOf({ partitions, holdsFat: isFatThere, packed }: SourceFacts): GuestTraits | undefined {
+  if (partitions === undefined && packed === undefined) return undefined;
+  return {
+    partitions: partitions && { ...partitions, partitions: partitions.partitions.slice(0, MAX_PARTITIONS) },
+    holdsFat: isFatThere,
+    packed: packed && keptOf(packed),
+  };
+}
+
+function keptOf({ package: { system }, disk: { controller } }: NonNullable<SourceFacts["packed"]>): GuestTraits["packed"] {
+  const { firmware, guest, nics } = system;
+  return { package: { system: { firmware, guest, nics: nics.map(({ model }) => ({ model })) } }, disk: { controller } };
 }
 
 async function holdsFat(source: OpenSource, runs: RunList, { partitions, sectorBytes }: PartitionTable): Promise<boolean | undefined> {

@@ -6,6 +6,7 @@ import { existsSync } from "node:fs";
 import { copyFile, mkdir, rm, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test as base, vi } from "vitest";
+import type { DiskInputs } from "../../../provider/resources/imported-disk.ts";
 import { openHost } from "../../../provider/resources/connect.ts";
 import { deploymentOf } from "../../../provider/resources/preflight/deployment.ts";
 import { gatherMachine } from "../../../provider/resources/preflight/machine-facts.ts";
@@ -564,6 +565,20 @@ describe("a deployment", () => {
       await libvirtd.virsh("undefine", "twin");
     },
   );
+
+  test("the firmware is compared with what the disk's bytes said, also when its source is gone", async ({ libvirtd, desk }) => {
+    const file = await writeBiosDisk(join(libvirtd.directory, "gone.raw"));
+    const disk = await desk.checkDisk("gone", { source: { file } });
+    expect(disk.failures).toEqual([]);
+    await rm(file);
+    await using later = openDesk(libvirtd.uri);
+    const stored = JSON.parse(JSON.stringify(disk.inputs)) as DiskInputs;
+    const again = await later.checkDisk("gone", { source: { file } }, stored);
+    expect(again).toEqual({ inputs: stored, failures: [] });
+    const declared = { importedDisk: { diskId: again.inputs.diskId, path: again.inputs.path }, memoryMiB: 64, domainType: "qemu" };
+    expect(rulesOf((await later.checkMachine("m", { ...declared, firmware: "uefi" })).failures)).toEqual(["virtlift/bios-disk-on-uefi"]);
+    expect((await later.checkMachine("m", declared)).failures).toEqual([]);
+  });
 });
 
 describe("a guest's disk", () => {
