@@ -278,12 +278,14 @@ export class Batch implements AsyncDisposable {
     }
     const planFile = save ? join(folder.plans, `${machine.name}.json`) : undefined;
     const outcome = await workers.run({ ...job, planFile }, (event) => {
-      if (event.event === "line") findings.push({ level: event.level === "error" ? "block" : event.level, ...parseFinding(event.text) });
+      if (event.event === "line")
+        findings.push({ level: event.level === "error" ? "block" : event.level, ...parseFinding(withoutName(machine.name, event.text)) });
       else if (event.event === "begun") steps.set(`${event.step.kind} ${event.step.name}`, event.step);
     });
     if (!outcome.ok) {
       const told = findings.map(({ text }) => text);
-      for (const text of outcome.reasons) if (!told.includes(text)) findings.push({ level: "block", text });
+      const reasons = outcome.reasons.map((reason) => withoutName(machine.name, reason));
+      for (const text of reasons) if (!told.includes(text)) findings.push({ level: "block", text });
     }
     return { machine, steps: [...steps.values()], findings, measures: await this.#measure(machine, job.description) };
   }
@@ -547,7 +549,7 @@ export class Batch implements AsyncDisposable {
       const progress = parseProgress(event.text);
       this.#tell(
         progress === undefined
-          ? { event: "line", machine, level: event.level, text: event.text }
+          ? { event: "line", machine, level: event.level, text: withoutName(machine, event.text) }
           : { event: "progress", machine, ...progress },
       );
     } else if (event.event === "begun") {
@@ -665,6 +667,11 @@ async function readKept(path: string): Promise<{ readonly source: unknown; reado
     // ENOENT: the machine is not there yet.
     return undefined;
   }
+}
+
+/** The provider's lines begin with the resource's name, which the machine's events carry already. */
+function withoutName(machine: string, text: string): string {
+  return text.startsWith(`${machine}: `) ? text.slice(machine.length + 2) : text;
 }
 
 function messageOf(error: unknown): string {

@@ -140,6 +140,7 @@ test("is one file: it loads nothing, runs nothing, and every word from outside i
   const html = renderReport(readReport(moved.manifest));
   expect(html).not.toMatch(/<script|<link|<img|<iframe|@import|url\(|\bsrc=(?!x)/i);
   expect(html).toContain("&lt;script&gt;");
+  expect(html).toContain("waived: agreed &lt;img");
   expect(html).toContain("web &amp; more.ova");
   expect(html).toContain("default-src 'none'");
 });
