@@ -283,15 +283,15 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     level: "block",
     summary: "The host's QEMU runs no machines of this chipset and kind.",
     remedy: 'Take the other chipset, or another `domainType`. "pc" is gone from RHEL 10 and its kin.',
-    test: ({ inputs, host, offer }) =>
-      offer === "unsupported"
-        ? [
-            {
-              property: "machine",
-              sentence: `${host.label} runs no ${inputs.machine} machines of the kind ${inputs.domainType}: take another \`machine\``,
-            },
-          ]
-        : [],
+    test: ({ inputs, host, offer }) => {
+      if (offer !== "unsupported") return [];
+      if (host.domainTypes.has(inputs.domainType)) {
+        const sentence = `${host.label} runs no ${inputs.machine} machines of the kind ${inputs.domainType}: take another \`machine\``;
+        return [{ property: "machine", sentence }];
+      }
+      const remedy = "leave `domainType` out, or switch virtualization on in its firmware";
+      return [{ property: "domainType", sentence: `${host.label} runs no machines of the kind ${inputs.domainType}: ${remedy}` }];
+    },
   },
   {
     id: "virtlift/no-uefi-firmware",

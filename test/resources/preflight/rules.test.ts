@@ -5,6 +5,7 @@ import { describe, expect, test } from "vitest";
 import { readPartitions } from "../../../provider/image/partitions.ts";
 import type { DiskFacts } from "../../../provider/resources/preflight/disk-facts.ts";
 import { DISK_RULES } from "../../../provider/resources/preflight/disk-rules.ts";
+import type { MachineFacts } from "../../../provider/resources/preflight/machine-facts.ts";
 import { MACHINE_RULES } from "../../../provider/resources/preflight/machine-rules.ts";
 import { judge, type PreflightSettings, type Rule } from "../../../provider/resources/preflight/rule.ts";
 import { RULES } from "../../../provider/resources/preflight/rules.ts";
@@ -179,6 +180,12 @@ describe("a machine", () => {
   };
   test.for(Object.entries(CASES))("%s", ([, [facts, expected]]) => {
     expect(asked(MACHINE_RULES, facts)).toEqual(expected);
+  });
+
+  test("is told by its kind where the host has none of that kind, and else by its chipset", () => {
+    const propertyOf = (facts: object) => judge(MACHINE_RULES, facts as MachineFacts, {}).map(({ property }) => property);
+    expect(propertyOf({ ...MACHINE, offer: "unsupported" })).toEqual(["machine"]);
+    expect(propertyOf({ ...host({ domainTypes: new Set(["qemu"]) }), offer: "unsupported" })).toEqual(["domainType"]);
   });
 });
 
