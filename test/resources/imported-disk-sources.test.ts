@@ -384,7 +384,8 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       const { inputs } = await caller.check({ source: { hostPath }, layout: "compressed" });
       const stop = new AbortController();
       const importing = importedDisk.create({ ...caller.context, signal: stop.signal }, inputs);
-      const converting = async () => (await bed.run("ps", "-eo", "args")).includes("qemu-img convert");
+      // At the start of a line: the receiver's own text has the words too.
+      const converting = async () => /^qemu-img convert/m.test(await bed.run("ps", "-eo", "args"));
       await expect.poll(converting, { timeout: 10_000 }).toBe(true);
       stop.abort(new Error("the engine is gone"));
       await expect(importing).rejects.toThrow("the engine is gone");
