@@ -291,7 +291,10 @@ describe("a machine", () => {
     };
     const models = [...offered.matchAll(/<model usable='(?:yes|no)'[^>]*>([^<]+)</g)].map(([, model]) => model!);
     const fits = new Map<string, readonly CheckFailure[]>();
-    for (const model of models) fits.set(model, (await desk.checkMachine("mine", declared(model))).failures);
+    for (const model of models) {
+      fits.set(model, (await desk.checkMachine("mine", declared(model))).failures);
+      if (new Set([...fits.values()].map(({ length }) => length)).size > 1) break;
+    }
     const [unfit = "", refused = []] = [...fits].find(([, failures]) => failures.length > 0) ?? [];
     const [fit = ""] = [...fits].find(([, failures]) => failures.length === 0) ?? [];
     expect(rulesOf(refused)).toEqual(["virtlift/cpu-unusable"]);
