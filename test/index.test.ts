@@ -26,7 +26,10 @@ test("require loads the door and no package", async () => {
     const packages = Object.keys(require.cache).filter((path) => path.includes("/node_modules/"));
     console.log(JSON.stringify({ names, packages }));`;
   const { stdout } = await runCommand([process.execPath, "-e", script], { cwd: root });
-  expect(JSON.parse(stdout)).toEqual({ names: ["describeMachine", "importedDisk", "openToolbox", "virtualMachine"], packages: [] });
+  expect(JSON.parse(stdout)).toEqual({
+    names: ["argumentProblems", "describeMachine", "importedDisk", "openToolbox", "virtualMachine"],
+    packages: [],
+  });
 });
 
 test.for(FROZEN)("the SDK's process serves a state that says %s", async (text) => {

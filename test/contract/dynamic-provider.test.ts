@@ -77,7 +77,7 @@ describe("create", () => {
     expect(id).toBe(bed.path);
     expect(properties).toEqual({
       ...bed.inputs,
-      modified: (await stat(bed.path)).mtime.toISOString(),
+      modified: (await stat(bed.path, { bigint: true })).mtime.toISOString(),
       blocks: String((await stat(bed.path)).blocks),
       complete: true,
       schemaVersion: 2,
