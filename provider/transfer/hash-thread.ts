@@ -65,7 +65,7 @@ export class HashThread implements AsyncDisposable {
     });
   }
 
-  /** The digests in hex, in the order of the algorithms. To be called once, at the stream's end; a frame may come behind it. */
+  /** The digests in hex, in the order of the algorithms. To be called once, at the stream's end. */
   async digest(): Promise<readonly string[]> {
     if (this.#filled > 0) this.#hand();
     this.#ask("digest");

@@ -1,4 +1,5 @@
 /** A disk on its way: the part file on the host, written in frames that are hashed at both ends, and its publication. */
+import { createHash } from "node:crypto";
 import { posix } from "node:path";
 import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -12,6 +13,9 @@ import { type Throttle, throttled } from "./throttle.ts";
 
 /** Frames end at multiples of this: large enough that the host's two processes a frame cost nothing, small enough to hold a few. */
 export const FRAME_BYTES = 8 * 1024 * 1024;
+
+/** Up to this a frame is hashed in place. */
+const MAX_SMALL_FRAME_BYTES = 64 * 1024;
 
 /** Frames sent and not yet hashed by the host. */
 const MAX_FRAMES_IN_FLIGHT = 3;
@@ -72,7 +76,7 @@ export class PartFile implements Part {
   /** Digests of what was sent and not yet confirmed, by `offset length`. */
   readonly #sent = new Map<string, Promise<string>>();
   readonly #frames = new FrameBuffer(FRAME_BYTES);
-  readonly #algorithms: readonly string[];
+  #hashesAll: boolean;
   #hash: HashThread | undefined;
   /** Settles when the transport has taken the last frame. */
   #sending: Promise<void> = Promise.resolve();
@@ -89,7 +93,7 @@ export class PartFile implements Part {
     this.#host = host;
     this.#path = options.finalPath;
     this.#throttle = options.throttle;
-    this.#algorithms = options.hashesAll === true ? ["sha256"] : [];
+    this.#hashesAll = options.hashesAll === true;
     // Whatever breaks the stream settles `done`; an unheard "error" event would end the process.
     stream.io.on("error", () => {});
     // A write that is under way when its process dies never calls back.
@@ -166,6 +170,9 @@ export class PartFile implements Part {
   async writtenDigest(): Promise<string> {
     const [digest] = (await this.#hash?.digest()) ?? [];
     if (digest === undefined) throw new Error("the part was not opened to hash all that is written, or nothing was");
+    this.#hashesAll = false;
+    await this.#hash?.[Symbol.asyncDispose]();
+    this.#hash = undefined;
     return digest;
   }
 
@@ -256,8 +263,7 @@ export class PartFile implements Part {
     if (frame === undefined) return;
     const { offset, bytes } = frame;
     const key = `${offset} ${bytes.length}`;
-    this.#hash ??= new HashThread(...this.#algorithms);
-    const digest = this.#hash.frame(bytes);
+    const digest = this.#digestOf(bytes);
     // Awaited when the host has answered; until then its failure must not be a stray one.
     digest.catch(() => {});
     const last = this.#placed.at(-1);
@@ -276,6 +282,14 @@ export class PartFile implements Part {
     this.#sending = this.#writeFrame(bytes);
     // Who sends or waits next hears of a failure.
     void Promise.allSettled([this.#sending, digest]).then(() => this.#frames.release(frame));
+  }
+
+  async #digestOf(bytes: Uint8Array<SharedArrayBuffer>): Promise<string> {
+    // A stamp or a header is not worth a thread.
+    const isAlone = this.#hash === undefined && !this.#hashesAll && bytes.length <= MAX_SMALL_FRAME_BYTES;
+    if (isAlone) return createHash("sha256").update(bytes).digest("hex");
+    this.#hash ??= new HashThread(...(this.#hashesAll ? ["sha256"] : []));
+    return this.#hash.frame(bytes);
   }
 
   async #confirm(): Promise<void> {
