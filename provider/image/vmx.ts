@@ -25,6 +25,9 @@ const MAX_VMX_BYTES = 1024 * 1024;
 const MAX_KEYS = 20_000;
 /** What a machine of VMware may have. Source: VMware's configuration maximums, "Virtual disks per virtual machine (PVSCSI)". */
 const MAX_DISKS = 256;
+/** More than VMware gives to any machine. Source: VMware's configuration maximums, "Virtual CPUs per virtual machine" and "RAM per virtual machine". */
+const MAX_CPUS = 1024;
+const MAX_MEMORY_MIB = 64 * 1024 * 1024;
 
 const DEFAULT_ENCODING = "utf-8";
 /** What VMware gives a machine whose file does not say. Source: vmx.c virVMXParseConfig, "memsize". */
@@ -108,9 +111,9 @@ export function parseVmx(bytes: Uint8Array): OvfSystem {
     annotation: values.text("annotation"),
     guest: { cimId: undefined, vendorId: values.text("guestos"), description: undefined },
     hardwareVersion: versionOf(values),
-    cpus: values.count("numvcpus") ?? 1,
-    coresPerSocket: values.count("cpuid.corespersocket"),
-    memoryMiB: values.count("memsize") ?? DEFAULT_MEMORY_MIB,
+    cpus: values.amount("numvcpus", MAX_CPUS) ?? 1,
+    coresPerSocket: values.amount("cpuid.corespersocket", MAX_CPUS),
+    memoryMiB: values.amount("memsize", MAX_MEMORY_MIB) ?? DEFAULT_MEMORY_MIB,
     firmware,
     secureBoot: firmware === "efi" && values.isTrue("uefi.secureboot.enabled"),
     cpuHotAdd: values.isTrue("vcpu.hotadd"),
@@ -164,6 +167,13 @@ class Values {
     return Number(text);
   }
 
+  /** A whole number from 1 to `most`. Throws ImageError on anything else that is there. */
+  amount(key: string, most: number): number | undefined {
+    const amount = this.count(key);
+    if (amount === undefined || (amount >= 1 && amount <= most)) return amount;
+    throw new ImageError(`${key} in the VMX is ${amount}: it may be from 1 to ${most}`);
+  }
+
   /** The devices `<name>.present` whose name matches, ascending: the match, the name first. */
   present(name: RegExp): readonly RegExpExecArray[] {
     return [...this.#values.keys()]
@@ -182,21 +192,31 @@ function parseLines(bytes: Uint8Array): Values {
   for (const [index, rawLine] of decode(bytes, encoding).split("\n").entries()) {
     const line = rawLine.trim();
     if (line === "" || line.startsWith("#")) continue;
-    const [, key, inQuotes, bare] = /^([\w.:-]+)\s*=\s*(?:"([^"]*)"|([^"\s]+))?\s*(?:#.*)?$/.exec(line) ?? [];
-    if (key === undefined) throw new ImageError(`line ${index + 1} of the VMX means nothing: ${quoted(line)}`);
+    const { key, value } = parseLine(line) ?? {};
+    if (key === undefined || value === undefined) throw new ImageError(`line ${index + 1} of the VMX means nothing: ${quoted(line)}`);
     if (seen.has(key.toLowerCase())) throw new ImageError(`the VMX has ${quoted(key)} twice: VMware would not start it either`);
     if (seen.add(key.toLowerCase()).size > MAX_KEYS) throw new ImageError(`the VMX has more than ${MAX_KEYS} keys, which are not read`);
-    values.set(key, unescape(inQuotes ?? bare ?? "", encoding));
+    values.set(key, unescape(value, encoding));
   }
   if (!seen.has("config.version") && !seen.has("virtualhw.version"))
     throw new ImageError("the file is no VMX: it has neither config.version nor virtualHW.version");
   return new Values(values);
 }
 
+/** `key = "value"`, `key = value` or `key =`, and perhaps a comment; undefined for anything else. Each expression goes over the line once. */
+function parseLine(line: string): { readonly key: string; readonly value: string } | undefined {
+  const [start, key] = /^([\w.:-]+)\s*=/.exec(line) ?? [];
+  if (start === undefined || key === undefined) return undefined;
+  const rest = line.slice(start.length).trimStart();
+  const [written, inQuotes, bare = ""] = /^(?:"([^"]*)"|([^"\s#]*))/.exec(rest) ?? [""];
+  const after = rest.slice(written.length).trimStart();
+  return after === "" || after.startsWith("#") ? { key, value: inQuotes ?? bare } : undefined;
+}
+
 /** The name of the encoding stands in ASCII, whatever the encoding is. */
 function encodingOf(bytes: Uint8Array): string {
   const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
-  return /^\s*\.encoding\s*=\s*"([^"\r\n]{1,40})"/im.exec(text)?.[1] ?? DEFAULT_ENCODING;
+  return /^[ \t]*\.encoding[ \t]*=[ \t]*"([^"\r\n]{1,40})"/im.exec(text)?.[1] ?? DEFAULT_ENCODING;
 }
 
 function decode(bytes: Uint8Array, encoding: string): string {

@@ -1,9 +1,13 @@
-import { expect, test } from "vitest";
+import { expect, test, vi } from "vitest";
 import { ImageError } from "../../provider/image/parser.ts";
 import { openVmx, parseVmx } from "../../provider/image/vmx.ts";
 import { drive, fromBytes } from "./drive.ts";
 import { vmxSeed } from "./seeds.ts";
 import { descriptorText, qcow2Seed, sparseVmdkSeed, VMDK_SIZE } from "./sparse-seeds.ts";
+
+/** What the largest file may take, on a machine that may be slow. */
+const BOUND_MS = 20_000;
+vi.setConfig({ testTimeout: 2 * BOUND_MS });
 
 const parse = (...more: readonly string[]) => parseVmx(Buffer.from(vmxSeed(more)));
 
@@ -134,6 +138,18 @@ test.for<readonly [string, string | Buffer, Readonly<Record<string, Uint8Array>>
   ["a key that stands twice", vmxSeed(['MEMSIZE = "1"']), {}, 'has "MEMSIZE" twice'],
   ["a number that is none", vmxSeed(['svga.vramSize = "1e9"']), {}, 'svga.vramsize in the VMX is "1e9", which is no number'],
   [
+    "a machine without processors",
+    vmxSeed().replace('numvcpus = "4"', 'numvcpus = "0"'),
+    {},
+    "numvcpus in the VMX is 0: it may be from 1 to 1024",
+  ],
+  [
+    "more memory than there is",
+    vmxSeed().replace('memSize = "2048"', 'memSize = "99999999999"'),
+    {},
+    "memsize in the VMX is 99999999999: it may be from 1 to 67108864",
+  ],
+  [
     "an address that is none",
     vmxSeed(['ethernet7.present = "TRUE"', 'ethernet7.generatedAddress = "00:50"']),
     {},
@@ -155,4 +171,40 @@ test.for<readonly [string, string | Buffer, Readonly<Record<string, Uint8Array>>
   const act = (): unknown => drive(openVmx(bytes.length), fromBytes(bytes, beside), { asks: 64, bytes: 4 * 1024 * 1024 });
   expect(act).toThrow(ImageError);
   expect(act).toThrow(sentence);
+});
+
+test("reads values without quotes, values that are empty, and what stands behind a comment sign", () => {
+  const { settings } = parse("a.a = bare", "a.b=", 'a.c = "x # y" # z', "a.d = bare # z", "a.e = # z", "a.f\t=\t1  ");
+  expect(["a.a", "a.b", "a.c", "a.d", "a.e", "a.f"].map((key) => settings.get(key))).toEqual(["bare", "", "x # y", "bare", "", "1"]);
+});
+
+/** Nearly as much as is read, after the head of a VMX. */
+const filled = (text: string, before = ""): string => `${vmxSeed([before])}${text.repeat(Math.floor((1024 * 1024 - 2048) / text.length))}`;
+
+test.each([
+  ["nothing but empty lines", filled("\n")],
+  ["a line of blanks", filled(" ", "a =")],
+  ["blanks before a quote that never ends", `${vmxSeed()}a = ${" ".repeat(1024 * 1024 - 4096)}"`],
+  ["an endless key", filled("a")],
+  ["an endless value", `${vmxSeed()}a = "${"b".repeat(1024 * 1024 - 4096)}`],
+  ["very many comment signs", `${vmxSeed()}a = b${"#".repeat(1024 * 1024 - 4096)}\rc`],
+  ["very many returns", filled("\r", "a = b")],
+  ["very many beginnings of an encoding", filled(".encoding = ")],
+  ["very many escapes", `${vmxSeed()}a = "${"|41b".repeat(261_000)}"\n`],
+  [
+    "very many devices",
+    vmxSeed(Array.from({ length: 19_900 }, (_, index) => `sata${index % 100}:${Math.floor(index / 100)}.present = "1"`)),
+  ],
+])("is done with %s in bounded time", (_, text) => {
+  const bytes = Buffer.from(text);
+  expect(bytes.length).toBeLessThan(1024 * 1024);
+  const start = performance.now();
+  let refusal: unknown;
+  try {
+    parseVmx(bytes);
+  } catch (error) {
+    refusal = error;
+  }
+  expect(refusal === undefined || refusal instanceof ImageError).toBe(true);
+  expect(performance.now() - start).toBeLessThan(BOUND_MS);
 });
