@@ -70,6 +70,7 @@ export class PartFile implements Part {
   readonly #host: string;
   readonly #path: string;
   readonly #throttle: Throttle | undefined;
+  readonly #signal: AbortSignal;
   readonly #answers: Answers;
   /** Digests of what the host holds from an earlier run, by `offset length`. */
   readonly #held = new Map<string, string>();
@@ -88,11 +89,12 @@ export class PartFile implements Part {
   #sentBytes = 0;
   #keptBytes = 0;
 
-  constructor(stream: HostStream, host: string, options: Pick<PartFileOptions, "finalPath" | "hashesAll" | "throttle">) {
+  constructor(stream: HostStream, host: string, options: Pick<PartFileOptions, "finalPath" | "hashesAll" | "throttle" | "signal">) {
     this.#stream = stream;
     this.#host = host;
     this.#path = options.finalPath;
     this.#throttle = options.throttle;
+    this.#signal = options.signal;
     this.#hashesAll = options.hashesAll === true;
     // Whatever breaks the stream settles `done`; an unheard "error" event would end the process.
     stream.io.on("error", () => {});
@@ -330,7 +332,7 @@ export class PartFile implements Part {
   }
 
   async #writeFrame(bytes: Uint8Array): Promise<void> {
-    for await (const piece of throttled(bytes, this.#throttle)) await this.#write(piece);
+    for await (const piece of throttled(bytes, this.#throttle, this.#signal)) await this.#write(piece);
   }
 
   /** One write at a time. */

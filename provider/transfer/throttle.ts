@@ -10,25 +10,32 @@ import { ConnectionError } from "../errors.ts";
 /** The most that is asked for at once: a small part of a second at any rate that is worth a limit. */
 const PIECE_BYTES = 256 * 1024;
 
+/** The slowest rate: at less, a piece would wait for hours. */
+const MIN_BYTES_PER_SECOND = 1024;
+
 /** How much may leave at once after a pause, in milliseconds of the rate. */
 const BURST_MS = 100;
 
 /** A limit on what leaves. */
 export interface Throttle {
   readonly bytesPerSecond: number;
-  /** Resolves when so many bytes may leave, in the order of the calls. Throws ConnectionError when the process that keeps the limit is gone. */
-  take(bytes: number): Promise<void>;
+  /**
+   * Resolves when so many bytes may leave, in the order of the calls. Throws the signal's reason when it is aborted meanwhile, ConnectionError when the
+   * process that keeps the limit is gone.
+   */
+  take(bytes: number, signal?: AbortSignal): Promise<void>;
 }
 
-/** Gives the bytes in pieces, each when it may leave; all of them at once where there is no limit. The pieces are views. */
+/** Gives the bytes in pieces, each when it may leave; all of them at once where there is no limit. The pieces are views. Throws as `take` does. */
 export async function* throttled<Bytes extends Uint8Array>(
   bytes: Bytes,
   throttle: Throttle | undefined,
+  signal: AbortSignal,
 ): AsyncGenerator<Uint8Array, void, undefined> {
   const step = throttle === undefined ? bytes.length : PIECE_BYTES;
   for (let at = 0; at < bytes.length; at += step) {
     const piece = bytes.subarray(at, at + step);
-    await throttle?.take(piece.length);
+    await throttle?.take(piece.length, signal);
     yield piece;
   }
 }
@@ -38,13 +45,31 @@ export function createThrottle(bytesPerSecond: number): Throttle {
   let freeAtMs = 0;
   return {
     bytesPerSecond,
-    async take(bytes) {
+    async take(bytes, signal) {
+      signal?.throwIfAborted();
       const nowMs = performance.now();
       freeAtMs = Math.max(freeAtMs, nowMs - BURST_MS) + (bytes / bytesPerSecond) * 1000;
       const waitMs = freeAtMs - nowMs;
-      if (waitMs > 0) await new Promise((resolve) => setTimeout(resolve, waitMs));
+      if (waitMs <= 0) return;
+      let timer: NodeJS.Timeout | undefined;
+      try {
+        await unlessAborted(new Promise<void>((resolve) => (timer = setTimeout(resolve, waitMs))), signal);
+      } finally {
+        clearTimeout(timer);
+      }
     },
   };
+}
+
+async function unlessAborted(work: Promise<void>, signal: AbortSignal | undefined): Promise<void> {
+  let abandon = () => {};
+  const aborted = new Promise<never>((_resolve, reject) => (abandon = () => reject(signal?.reason as Error)));
+  signal?.addEventListener("abort", abandon, { once: true });
+  try {
+    await Promise.race([work, aborted]);
+  } finally {
+    signal?.removeEventListener("abort", abandon);
+  }
 }
 
 /** A limit that other processes of this user share. Close it: whoever shares it then sends nothing more. */
@@ -80,13 +105,15 @@ export async function shareThrottle(bytesPerSecond: number): Promise<SharedThrot
   };
 }
 
-/** The limit of a setting: a number of bytes per second for this process alone, or what `shareThrottle` gives. Throws Error when it is neither. */
+/** The limit of a setting: a number of bytes per second for this process alone, or what `shareThrottle` gives. Throws Error when it is neither, or below 1 KiB/s. */
 export function openThrottle(setting: string): Throttle {
   const [, rate, path] = /^([1-9]\d{0,14})(?: (\/.+))?$/.exec(setting.trim()) ?? [];
   if (rate === undefined)
     throw new Error(
       `VIRTLIFT_BANDWIDTH is ${JSON.stringify(setting)}, which is no rate: give a number of bytes per second, such as 50000000`,
     );
+  if (Number(rate) < MIN_BYTES_PER_SECOND)
+    throw new Error(`VIRTLIFT_BANDWIDTH is ${rate} bytes per second, too little for any disk: give at least ${MIN_BYTES_PER_SECOND}`);
   return path === undefined ? createThrottle(Number(rate)) : new RemoteThrottle(Number(rate), path);
 }
 
@@ -96,6 +123,8 @@ class RemoteThrottle implements Throttle {
   readonly #path: string;
   readonly #waiting: { resolve(): void; reject(error: Error): void }[] = [];
   #socket: Socket | undefined;
+  /** Calls that were neither granted nor aborted yet. */
+  #takers = 0;
   #end: ConnectionError | undefined;
 
   constructor(bytesPerSecond: number, path: string) {
@@ -103,13 +132,18 @@ class RemoteThrottle implements Throttle {
     this.#path = path;
   }
 
-  async take(bytes: number): Promise<void> {
+  async take(bytes: number, signal?: AbortSignal): Promise<void> {
     if (this.#end) throw this.#end;
+    signal?.throwIfAborted();
     const socket = (this.#socket ??= this.#connect());
     const granted = new Promise<void>((resolve, reject) => this.#waiting.push({ resolve, reject }));
     socket.ref().write(`${bytes}\n`);
-    await granted;
-    if (this.#waiting.length === 0) socket.unref();
+    this.#takers++;
+    try {
+      await unlessAborted(granted, signal);
+    } finally {
+      if (--this.#takers === 0) socket.unref();
+    }
   }
 
   #connect(): Socket {

@@ -329,7 +329,7 @@ export class VolumeUpload implements Part {
       }
       if (this.#options.isBlock || performance.now() - this.#lastWriteMs > SILENCE_MS) await this.#assertOwner();
       const stream = await this.#streamAt(offset);
-      for await (const piece of throttled(bytes, this.#options.throttle)) await stream.upload.write(piece);
+      for await (const piece of throttled(bytes, this.#options.throttle, this.#options.signal)) await stream.upload.write(piece);
       stream.position += bytes.length;
       this.#lastWriteMs = performance.now();
       this.#sentBytes += bytes.length;

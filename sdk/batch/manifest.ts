@@ -22,7 +22,7 @@ const SecretSchema = z
 
 const BandwidthSchema = z
   .union([z.number(), z.string()])
-  .refine((rate) => parseRate(rate) !== undefined, 'a rate is a number of bytes per second, or a string such as "50MiB"')
+  .refine((rate) => parseRate(rate) !== undefined, 'a rate is a number of bytes per second from 1024 on, or a string such as "50MiB"')
   .meta({
     description:
       'What all copies together may send: bytes per second, or a string such as "50MiB". What a host fetches by itself does not count. Default: no limit.',

@@ -38,12 +38,15 @@ export function formatTable(heading: readonly string[], rows: readonly (readonly
 
 const RATE_UNITS = { "": 1, KB: 1e3, MB: 1e6, GB: 1e9, KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30 } as const;
 
-/** Whole bytes per second of `50MiB`, `1.5 GB/s` or a number; undefined when it is no rate from 1 byte on. */
+/** The slowest rate that the provider takes. */
+const MIN_RATE = 1024;
+
+/** Whole bytes per second of `50MiB`, `1.5 GB/s` or a number; undefined when it is no rate from 1 KiB/s on. */
 export function parseRate(rate: string | number): number | undefined {
   const [, number, unit] = /^\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]i?B)?(?:\/s)?\s*$/.exec(String(rate)) ?? [];
   if (number === undefined) return undefined;
   const bytes = Math.floor(Number(number) * RATE_UNITS[(unit ?? "") as keyof typeof RATE_UNITS]);
-  return bytes >= 1 && bytes < 1e15 ? bytes : undefined;
+  return bytes >= MIN_RATE && bytes < 1e15 ? bytes : undefined;
 }
 
 /** Without control characters: what a guest, a host or a file named may hold escape sequences, which a terminal would obey. */

@@ -87,8 +87,9 @@ test.for([
   [`${MINIMAL}    networks: { a: default, b: false, "*": { typ: user } }\n`, "/m.yaml:5:46: machines.web.networks.*.typ: "],
   [
     `${MINIMAL}limits: { bandwidth: 50 apples }\n`,
-    '/m.yaml:5:11: limits.bandwidth: a rate is a number of bytes per second, or a string such as "50MiB"',
+    '/m.yaml:5:11: limits.bandwidth: a rate is a number of bytes per second from 1024 on, or a string such as "50MiB"',
   ],
+  [`${MINIMAL}limits: { bandwidth: 50 }\n`, "limits.bandwidth: a rate is a number of bytes per second from 1024 on"],
 ] as const)("says where a manifest is wrong, and what would mend it: %j", ([text, sentence]) => {
   expect(() => parseManifest(text, "/m.yaml")).toThrow(sentence);
 });

@@ -7,6 +7,7 @@ import { describe, expect, it } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
 import { FRAME_BYTES, openPartFile, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
+import { createThrottle } from "../../provider/transfer/throttle.ts";
 import { openDirectory } from "../bed/directory.ts";
 
 /** A folder that stands for a pool's, this machine as host, and the part of one import. */
@@ -170,6 +171,25 @@ describe("a part file", () => {
     await expect(part.publish(1)).rejects.toThrow(`${pool.finalPath} exists on this machine and is not overwritten`);
     expect(await readFile(pool.finalPath, "utf8")).toBe("somebody's");
     expect(await pool.leftovers()).toEqual([]);
+  });
+
+  it("stops at once when it is told to while it waits for its share of the bandwidth, and goes on later", async () => {
+    await using pool = await openPool();
+    const stop = new AbortController();
+    const options = { id: "import", finalPath: pool.finalPath };
+    const bytes = randomBytes(FRAME_BYTES + 4096);
+    {
+      await using part = await openPartFile(pool.host, { ...options, signal: stop.signal, throttle: createThrottle(1024) });
+      await part.write(0, bytes);
+      const settling = part.settle();
+      stop.abort(new Error("the engine is gone"));
+      await expect(settling).rejects.toThrow();
+    }
+    await using part = await pool.open();
+    await part.resume();
+    await part.write(0, bytes);
+    await part.settle();
+    expect(await part.digest(0)).toBe(sha256(bytes));
   });
 
   it("has one writer at a time", async () => {

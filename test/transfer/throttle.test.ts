@@ -27,7 +27,7 @@ test("cuts what is sent into pieces only where there is a limit", async () => {
   const bytes = Buffer.alloc(600 * KIB, 7);
   const lengths = async (limit: Parameters<typeof throttled>[1]) => {
     const found: number[] = [];
-    for await (const piece of throttled(bytes, limit)) found.push(piece.length / KIB);
+    for await (const piece of throttled(bytes, limit, new AbortController().signal)) found.push(piece.length / KIB);
     return found;
   };
   expect(await lengths(undefined)).toEqual([600]);
@@ -47,11 +47,28 @@ test("is one limit for all who share it", async () => {
 });
 
 test("lets nobody send when the process that keeps the limit is gone", async () => {
-  const shared = await shareThrottle(1);
+  const shared = await shareThrottle(KIB);
   const user = openThrottle(shared.setting);
   const [late] = await Promise.allSettled([user.take(1000), shared[Symbol.asyncDispose]()]);
   expect(late).toMatchObject({ status: "rejected", reason: expect.any(ConnectionError) as unknown });
   await expect(user.take(1)).rejects.toThrow("the process that limits the bandwidth of this run is gone");
+});
+
+test("lets nobody wait for it who is told to stop, whoever keeps the limit", async () => {
+  await using shared = await shareThrottle(KIB);
+  for (const throttle of [createThrottle(KIB), openThrottle(shared.setting)]) {
+    const stop = new AbortController();
+    const waiting = [throttle.take(100 * KIB, stop.signal), throttle.take(100 * KIB, stop.signal)];
+    stop.abort(new Error("the engine is gone"));
+    for (const each of waiting) await expect(each).rejects.toThrow("the engine is gone");
+    await expect(throttle.take(1, stop.signal)).rejects.toThrow("the engine is gone");
+  }
+});
+
+test("refuses a limit at which nothing would arrive", () => {
+  for (const setting of ["1023", "1 /run/limit"])
+    expect(() => openThrottle(setting)).toThrow("too little for any disk: give at least 1024");
+  expect(openThrottle("1024").bytesPerSecond).toBe(1024);
 });
 
 test.for(["", "0", "-1", "50MiB", "1e6", "1000 socket", "1000\n/x"])("refuses %j as a limit", (setting) => {

@@ -10,6 +10,7 @@ import { createHosts } from "../../provider/host/open.ts";
 import { importDisk, type ImportOptions } from "../../provider/transfer/import.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
 import { openSource } from "../../provider/transfer/source.ts";
+import { createThrottle } from "../../provider/transfer/throttle.ts";
 import { openUpload, type UploadOptions } from "../../provider/transfer/upload.ts";
 import { lookAtVolume } from "../../provider/transfer/volume.ts";
 import { runCommand } from "../../scripts/setup/command.ts";
@@ -150,6 +151,16 @@ describe.skipIf(process.getuid!() !== 0)("an upload", () => {
     expect(keptBytes).toBeGreaterThanOrEqual(16 * MIB);
     expect(sentBytes + keptBytes).toBeLessThan(82 * MIB);
     expect(sha256(await guestByQemu(bench.inPool("aborted"), "qcow2", bench.path("back.raw")))).toBe(sha256(guest));
+  });
+
+  it("stops at once when it is aborted while it waits for its share of the bandwidth", async () => {
+    await using bench = await openBench(libvirtd);
+    const stop = new AbortController();
+    await using part = await bench.open("slow", { signal: stop.signal, throttle: createThrottle(1024) });
+    await part.write(0, randomBytes(MIB));
+    const settling = part.settle();
+    stop.abort(new Error("the engine is gone"));
+    await expect(settling).rejects.toThrow("the engine is gone");
   });
 
   it("goes on after its process was killed in its middle", async () => {
