@@ -1,4 +1,4 @@
-/** XML as a plain tree of local names, within bounds: no DTD, no entities but XML's own, no namespaces. Knows no vocabulary. */
+/** XML as a plain tree of local names, within bounds: no DTD, no entities but XML's own. Knows no vocabulary. */
 import { XMLParser, XMLValidator } from "fast-xml-parser";
 import { ImageError } from "./parser.ts";
 import { quoted } from "./words.ts";
@@ -11,10 +11,18 @@ const MAX_DEPTH = 64;
 /** An element. Names are without their prefix; of two attributes that differ only in their prefix the first stays. */
 export interface XmlElement {
   readonly name: string;
+  /** The URI of its namespace; undefined: none, or its prefix is not declared. */
+  readonly namespace?: string | undefined;
   readonly attributes: ReadonlyMap<string, string>;
   readonly children: readonly XmlElement[];
   /** The text and CDATA directly inside, trimmed. */
   readonly text: string;
+}
+
+/** The URIs of the namespaces that an element declares by their prefixes, the default one's empty, within those of the elements around it. */
+interface Namespaces {
+  readonly declared: ReadonlyMap<string, string>;
+  readonly outer: Namespaces | undefined;
 }
 
 const TEXT = "#text";
@@ -40,7 +48,7 @@ export function parseXml(text: string, what: string): XmlElement {
   if (countTags(text) > MAX_TAGS) throw new ImageError(`${what} has more than ${MAX_TAGS} tags, which are not read`);
   const valid = XMLValidator.validate(text);
   if (valid !== true) throw new ImageError(`${what} is not well-formed XML: ${oneLine(valid.err.msg)} (line ${valid.err.line})`);
-  const elements = elementsIn(parseOrdered(text, what), what);
+  const elements = elementsIn(parseOrdered(text, what), what, undefined);
   const root = elements.find(({ name }) => name !== "?xml");
   if (root === undefined) throw new ImageError(`${what} holds no XML element`);
   return root;
@@ -73,23 +81,42 @@ function parseOrdered(text: string, what: string): unknown {
 }
 
 /** Nodes as fast-xml-parser gives them in order: each is one key with its children, and `:@` with its attributes. */
-function elementsIn(nodes: unknown, what: string): readonly XmlElement[] {
+function elementsIn(nodes: unknown, what: string, outer: Namespaces | undefined): readonly XmlElement[] {
   if (!Array.isArray(nodes)) return [];
   return nodes.flatMap((node: unknown) => {
     const name = tagOf(node);
-    return name === undefined || name === TEXT || name === CDATA ? [] : [elementOf(node, name, what)];
+    return name === undefined || name === TEXT || name === CDATA ? [] : [elementOf(node, name, what, outer)];
   });
 }
 
-function elementOf(node: unknown, name: string, what: string): XmlElement {
+function elementOf(node: unknown, name: string, what: string, outer: Namespaces | undefined): XmlElement {
   const inner = property(node, name);
   const declared = property(node, ATTRIBUTES);
   const attributes = new Map<string, string>();
+  const uris = new Map<string, string>();
   for (const [key, value] of Object.entries(typeof declared === "object" && declared !== null ? declared : {})) {
+    if (typeof value !== "string") continue;
     const local = localName(key);
-    if (!key.startsWith("xmlns") && typeof value === "string" && !attributes.has(local)) attributes.set(local, decodeEntities(value, what));
+    if (key.startsWith("xmlns")) uris.set(key.slice("xmlns:".length), decodeEntities(value, what));
+    else if (!attributes.has(local)) attributes.set(local, decodeEntities(value, what));
   }
-  return { name: localName(name), attributes, children: elementsIn(inner, what), text: textIn(inner, what).trim() };
+  const namespaces = uris.size > 0 ? { declared: uris, outer } : outer;
+  const namespace = namespaceOf(name.slice(0, Math.max(0, name.indexOf(":"))), namespaces);
+  return {
+    name: localName(name),
+    ...(namespace !== undefined && { namespace }),
+    attributes,
+    children: elementsIn(inner, what, namespaces),
+    text: textIn(inner, what).trim(),
+  };
+}
+
+function namespaceOf(prefix: string, namespaces: Namespaces | undefined): string | undefined {
+  for (let scope = namespaces; scope !== undefined; scope = scope.outer) {
+    const uri = scope.declared.get(prefix);
+    if (uri !== undefined) return uri === "" ? undefined : uri;
+  }
+  return undefined;
 }
 
 function textIn(nodes: unknown, what: string): string {

@@ -436,8 +436,10 @@ function machineFamily(machine: string): string {
   return /^pc-i440fx-[\d.]+$/.test(machine) ? "pc" : machine;
 }
 
+/** Others may have an element of the same name: only one of our namespace is ours, whatever its prefix. */
 function parseMetadata(domain: XmlElement): MachineMetadata | undefined {
-  const machine = childrenOf(child(domain, "metadata"), "machine").find((each) => each.attributes.has("origin"));
+  const machines = childrenOf(child(domain, "metadata"), "machine").filter(({ namespace }) => namespace === MACHINE_NAMESPACE);
+  const machine = machines.find(({ attributes }) => attributes.has("origin"));
   if (machine === undefined) return undefined;
   return {
     origin: attribute(machine, "origin") ?? "",

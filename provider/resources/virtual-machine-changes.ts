@@ -295,9 +295,10 @@ function diskCases(olds: MachineInputs, news: MachineInputs): readonly Found<Dis
     if (!isSame({ ...old, path: undefined, format: undefined }, { ...disk, path: undefined, format: undefined }))
       return [{ name: "served" }];
     if (old.path !== disk.path) return [{ name: "medium" }];
-    const size = news.disks[index]?.size ?? 0;
-    const oldSize = olds.disks[before.indexOf(old)]?.size ?? size;
-    if (size === oldSize) return [{ name: old.format === disk.format ? "described" : "served" }];
+    const size = news.disks[index]?.size;
+    const oldSize = olds.disks[before.indexOf(old)]?.size;
+    if (size === undefined || oldSize === undefined || size === oldSize)
+      return [{ name: old.format === disk.format ? "described" : "served" }];
     return [{ name: size < oldSize ? "shrunk" : "grown", at: `[${index}].size` }];
   });
   return [...removed, ...kept];

@@ -118,6 +118,11 @@ function volumeXml({ name, format, capacityBytes, template }: VolumePlan): strin
   );
 }
 
+/** Whether a pool knows a volume at the path. */
+export async function isVolume(libvirt: Libvirt, path: string): Promise<boolean> {
+  return (await capacityOf(libvirt, path)) !== undefined;
+}
+
 /** Deletes a volume by its path; gone already is success. */
 export async function deleteVolume(libvirt: Libvirt, path: string): Promise<void> {
   try {

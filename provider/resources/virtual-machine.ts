@@ -26,8 +26,8 @@ import { ARGUMENT_RULES, BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./pre
 import { MACHINE_CHANGE_RULES, restartRefusal } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
 import { changing, factsOf } from "./preflight/host-facts.ts";
-import { declaredMachine, gatherMachine, isOfOtherState } from "./preflight/machine-facts.ts";
-import { MACHINE_RULES, otherStateRefusal } from "./preflight/machine-rules.ts";
+import { declaredMachine, gatherMachine, isOfOtherState, isStranger } from "./preflight/machine-facts.ts";
+import { MACHINE_RULES, otherStateRefusal, strangerRefusal } from "./preflight/machine-rules.ts";
 import { conclude, judgeTrouble, settingsOf, tell } from "./preflight/preflight.ts";
 import { judge, type Judgement, type PreflightSettings } from "./preflight/rule.ts";
 import { type Context, Incomplete, type PropertyChange, type Resource } from "./resource.ts";
@@ -67,7 +67,7 @@ import {
   uuidOf,
 } from "./virtual-machine-spec.ts";
 import { domainsUsing, volumesBackedBy } from "./usage.ts";
-import { deleteVolume, findSnapshots, makeVolume, sizesOf } from "./virtual-machine-volumes.ts";
+import { deleteVolume, findSnapshots, isVolume, makeVolume, sizesOf } from "./virtual-machine-volumes.ts";
 
 export interface MachineState extends Omit<MachineInputs, "powerState">, Home {
   /** As it was when virtlift last looked. */
@@ -300,7 +300,11 @@ async function judgeInputs(
   const deployment = deploymentOf(context.hosts);
   const isSameHost = olds !== undefined && daemonOf(olds.host) === daemonOf(inputs.host);
   if (olds && olds.origin !== inputs.origin) deployment.withdraw(olds.origin);
-  const facts = await gatherMachine(host, inputs, { deployment, ownUuid: isSameHost ? olds.uuid : ownUuid });
+  const facts = await gatherMachine(host, inputs, {
+    deployment,
+    ownUuid: isSameHost ? olds.uuid : ownUuid,
+    madeFor: isSameHost ? olds.origin : undefined,
+  });
   deployment.declareMachine(declaredMachine(inputs));
   if (context.config("virtlift:showXml") === "true") showXml(context, inputs);
   const judgements = judge(MACHINE_RULES, facts, settings);
@@ -541,7 +545,13 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, news.uuid);
   if (!existing) await assertHome(host, news.name, olds);
-  const volumes = existing?.defined.metadata?.volumes ?? olds.ownVolumes.map((path) => ({ path, isUnfinished: false }));
+  const marks = { origins: [olds.origin, news.origin], hasConsent: news.adopt !== undefined };
+  if (existing && isStranger(existing.defined.metadata, marks)) throw new Error(strangerRefusal(existing.defined, host.label, "changed"));
+  const own = ownVolumes(news).map(({ path }) => path);
+  const kept = olds.ownVolumes.filter((path) => own.includes(path)).map((path) => ({ path, isUnfinished: false }));
+  if (!existing) await tellStaying({ context, host, name: news.name }, without(olds.ownVolumes, news.diskPaths.concat(own)), GONE);
+  // What is declared as a disk that exists is the user's, and is not deleted with the machine.
+  const volumes = (existing?.defined.metadata?.volumes ?? kept).filter(({ path }) => own.includes(path) || !news.diskPaths.includes(path));
   const isRunning = existing !== undefined && (await powerStateOf({ libvirt, domain: existing.domain })) !== "stopped";
   const staysOn = isRunning && news.powerState !== "stopped";
   const isDeclared = changesOf(olds, news).some(({ effect }) => effect === "restart");
@@ -565,7 +575,8 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
   for (const path of await growVolumes(guest, ownVolumes(news), defined)) context.log("info", `${news.name}: ${path} has grown`);
   const live = isRunning ? parseDomain(await libvirt.domainGetXMLDesc(domain)) : undefined;
   const isPending = live !== undefined && !hasHardware(live, defined);
-  if (seed !== undefined && seed !== news.cloudInit?.volumePath && !live?.disks.some(({ path }) => path === seed)) {
+  const isSeedOurs = existing?.defined.metadata?.volumes.some(({ path }) => path === seed) ?? false;
+  if (seed !== undefined && isSeedOurs && seed !== news.cloudInit?.volumePath && !live?.disks.some(({ path }) => path === seed)) {
     await dropVolume(libvirt, domain, defined.metadata, seed);
   }
   if (isRunning) await relabel(libvirt, domain, news, live?.metadata?.patches);
@@ -612,8 +623,8 @@ async function read(context: Context, id: string, state: MachineState) {
   const { domain, defined } = existing;
   const inputs = { ...inputsOf(state), ...(await declaredDrift(context, libvirt, existing, state)) };
   const found = await stateOf({ context, host, libvirt, domain }, inputs, state.ready);
-  if (defined.metadata !== undefined && defined.metadata.origin !== state.origin) {
-    context.log("warn", `${state.name}: on ${host.label} it is marked as the machine of ${defined.metadata.origin} by now`);
+  if (isStranger(defined.metadata, { origins: [state.origin], hasConsent: state.adopt !== undefined })) {
+    context.log("warn", `${state.name}: ${strangerRefusal(defined, host.label, "changed")}`);
   }
   return { id, state: found, inputs: { ...inputs, powerState: found.powerState } };
 }
@@ -657,9 +668,10 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
   const host = openHost(context, state.host);
   const libvirt = await host.libvirt();
   const existing = await findExisting(libvirt, state.uuid);
-  const volumes = existing?.defined.metadata?.volumes.map(({ path }) => path) ?? [];
-  const own = [...new Set([...state.ownVolumes, ...volumes])];
   if (!existing) await assertHome(host, state.name, state);
+  if (existing && isStranger(existing.defined.metadata, { origins: [state.origin], hasConsent: false }))
+    throw new Error(strangerRefusal(existing.defined, host.label, "deleted"));
+  const own = existing?.defined.metadata?.volumes.map(({ path }) => path) ?? [];
   for (const path of own) {
     const [overlay] = await volumesBackedBy(libvirt, path);
     if (overlay !== undefined) {
@@ -667,7 +679,7 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
         `${path} on ${host.label} is deleted with ${state.name}, and ${overlay} stands on it: nothing was changed; delete that one first`,
       );
     }
-    // By hand it may have got into another machine, beside this one or in place of it.
+    // By hand it may have got into another machine beside this one.
     const hasShell = (await factsOf(host).system()) !== undefined;
     const users = [...(await domainsUsing(libvirt, path)), ...(hasShell ? await machinesReaching(host, path) : [])];
     const user = users.find((name) => name !== existing?.defined.name);
@@ -677,21 +689,46 @@ async function remove(context: Context, _id: string, state: MachineState): Promi
       );
     }
   }
-  if (existing) {
-    const { domain, defined } = existing;
-    if (defined.metadata !== undefined && defined.metadata.origin !== state.origin) {
-      throw new Error(
-        `the machine ${defined.name} on ${host.label} belongs to ${defined.metadata.origin} and is not deleted: remove it by hand, or run pulumi state delete`,
-      );
-    }
-    try {
-      await stopGuest({ context, host, libvirt, domain }, { timeoutSeconds: state.shutdownTimeoutSeconds, onTimeout: "cut" });
-      await undefine(libvirt, domain);
-    } catch (error) {
-      if (!isNotFound(error)) throw error;
-    }
-  }
+  await tellStaying({ context, host, name: state.name }, without(state.ownVolumes, own), existing ? UNNAMED : GONE);
+  if (!existing) return;
+  const { domain } = existing;
+  const policy = { timeoutSeconds: state.shutdownTimeoutSeconds, onTimeout: "cut" } as const;
+  await unlessGone(() => stopGuest({ context, host, libvirt, domain }, policy));
+  // Before the definition, which is what proves them ours to the next try.
   for (const path of own) await deleteVolume(libvirt, path);
+  await unlessGone(() => undefine(libvirt, domain));
+}
+
+const GONE = "the machine that it was made for is gone";
+const UNNAMED = "the machine's definition names it no more";
+
+function without(paths: readonly string[], others: readonly string[]): readonly string[] {
+  return paths.filter((path) => !others.includes(path));
+}
+
+/** Names those of the machine's former volumes that are there: a path alone does not prove that it is still the volume that was made. */
+async function tellStaying(
+  { context, host, name }: { readonly context: Context; readonly host: Host; readonly name: string },
+  paths: readonly string[],
+  reason: string,
+): Promise<void> {
+  const libvirt = await host.libvirt();
+  for (const path of paths) {
+    if (await isVolume(libvirt, path))
+      context.log(
+        "warn",
+        `${name}: ${path} on ${host.label} stays: ${reason}, and nothing proves that it is the same volume: remove it by hand`,
+      );
+  }
+}
+
+/** What is gone already needs no removal. */
+async function unlessGone(remove: () => Promise<unknown>): Promise<void> {
+  try {
+    await remove();
+  } catch (error) {
+    if (!isNotFound(error)) throw error;
+  }
 }
 
 /** With its NVRAM, the state of its TPM, its saved state and what libvirt knows of its snapshots. */

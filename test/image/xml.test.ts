@@ -8,20 +8,23 @@ const MIB = 1024 * 1024;
 const BOUND_MS = 20_000;
 vi.setConfig({ testTimeout: 2 * BOUND_MS });
 
-test("keeps local names, attributes, text and CDATA apart from their prefixes", () => {
+test("keeps local names, attributes, text and CDATA apart from their prefixes, and the namespaces that these stand for", () => {
   const root = parseXml(
     `<?xml version="1.0"?><!-- words --><o:a xmlns:o="x" o:id="1 &amp; 2" v:id="3">t&lt;&#10;<b><![CDATA[ &amp;<c> ]]></b>u&#x41;<o:b/></o:a>`,
     "it",
   );
   expect(root).toEqual({
     name: "a",
+    namespace: "x",
     attributes: new Map([["id", "1 & 2"]]),
     text: "t<\nuA",
     children: [
       { name: "b", attributes: new Map(), children: [], text: "&amp;<c>" },
-      { name: "b", attributes: new Map(), children: [], text: "" },
+      { name: "b", namespace: "x", attributes: new Map(), children: [], text: "" },
     ],
   });
+  const [inner, undeclared] = parseXml('<a xmlns="x"><p:b xmlns:p="y" xmlns=""><c/><p:d/></p:b><p:e/></a>', "it").children;
+  expect([inner, ...inner!.children, undeclared].map((each) => each?.namespace)).toEqual(["y", undefined, "y", undefined]);
 });
 
 test("keeps numbers as they are written", () => {

@@ -1,6 +1,7 @@
 /** VirtualMachine against libvirt's test driver: all but what a guest does. */
 import { describe, expect, test as base } from "vitest";
 import { LibvirtError } from "../../provider/errors.ts";
+import { MACHINE_NAMESPACE } from "../../provider/libvirt/domain.ts";
 import type { PropertyChange } from "../../provider/resources/resource.ts";
 import { UNKNOWN } from "../../provider/resources/unknown.ts";
 import { VirtualMachineSchema } from "../../provider/resources/virtual-machine-schema.ts";
@@ -493,10 +494,67 @@ describe("a machine's life", () => {
     await expect(virtualMachine.delete(desk.context, id, state)).rejects.toThrow(/the machine theirs uses it: nothing was changed/);
     expect(await xmlOf(desk, host)).toContain(path);
     await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("web"), 0);
-    await expect(virtualMachine.delete(desk.context, id, state)).rejects.toThrow(/the machine theirs uses it: nothing was changed/);
-    await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("theirs"), 0);
     await virtualMachine.delete(desk.context, id, state);
-    await expect(libvirt.storageVolLookupByPath(path!)).rejects.toThrow(LibvirtError);
+    expect(desk.logged.at(-1)).toMatch(/^warn: web: \/default-pool\/web-data\.qcow2 on .* stays: the machine that it was made for is gone/);
+    expect((await libvirt.storageVolLookupByPath(path!)).key).toBe(path);
+  });
+
+  const MARKS: Readonly<Record<string, readonly [string, RegExp]>> = {
+    "bears another's mark": [
+      `<metadata><v:machine xmlns:v="${MACHINE_NAMESPACE}" origin="acme/lab/test/db"/></metadata>`,
+      /^uuid: the machine web on .* belongs to acme\/lab\/test\/db and is not changed: remove it by hand, or run pulumi state delete \(/,
+    ],
+    "bears a mark that is not of virtlift": [
+      `<metadata><v:machine xmlns:v="http://zoo.example/" origin="${ORIGIN}"/></metadata>`,
+      /^uuid: the machine web on .* bears no mark of virtlift, .* and is not changed: set `adopt` to take it over, remove it by hand, or/,
+    ],
+    "bears no mark": ["", /^uuid: the machine web on .* bears no mark of virtlift/],
+  };
+  test.for(Object.entries(MARKS))(
+    "a machine in place of ours that %s is neither changed nor deleted",
+    async ([, [mark, reason]], { desk, host }) => {
+      const disks = [{ size: "1MiB", name: "data", pool: "default-pool" }];
+      const inputs = await desk.checked(args(host, { disks }));
+      const { id, state } = await virtualMachine.create(desk.context, inputs);
+      const libvirt = await libvirtOf(desk, host);
+      await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("web"), 0);
+      const theirs = `<domain type="test"><name>web</name><uuid>${inputs.uuid}</uuid>${mark}<memory>65536</memory><os><type>hvm</type></os></domain>`;
+      await libvirt.domainDefineXML(theirs);
+      const found = await xmlOf(desk, host);
+
+      await using later = openMachineBench();
+      const news = args(host, { title: "Shop", disks: [{ path: "/default-pool/web-data.qcow2", format: "qcow2" }] });
+      expect(await later.failures(news, inputs)).toEqual([{ property: "uuid", reason: expect.stringMatching(reason) }]);
+      await virtualMachine.read(desk.context, id, state);
+      expect(desk.logged.at(-1)).toMatch(/^warn: web: the machine web on .* and is not changed/);
+      await expect(virtualMachine.update(desk.context, id, state, inputs)).rejects.toThrow("and is not changed");
+      await expect(virtualMachine.delete(desk.context, id, state)).rejects.toThrow(
+        "and is not deleted: remove it by hand, or run pulumi state delete",
+      );
+      expect(await xmlOf(desk, host)).toBe(found);
+      expect((await libvirt.storageVolLookupByPath(state.ownVolumes[0]!)).key).toBe(state.ownVolumes[0]);
+    },
+  );
+
+  test("without a mark it is changed by consent only, and then bears ours", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host));
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    const libvirt = await libvirtOf(desk, host);
+    await libvirt.domainDefineXML((await xmlOf(desk, host)).replace(/<metadata>[^]*<\/metadata>/, ""));
+    const news = await desk.checked(args(host, { adopt: { uuid: inputs.uuid } }), inputs);
+    await virtualMachine.delete(desk.context, id, await virtualMachine.update(desk.context, id, state, news));
+    await expect(libvirt.domainLookupByName("web")).rejects.toThrow(LibvirtError);
+  });
+
+  test("under another logical name it is changed and deleted by the origin that it was made for", async ({ desk, host }) => {
+    const inputs = await desk.checked(args(host));
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    const news = await desk.checked(args(host, { origin: "acme/shop/prod/shop-web" }), inputs);
+    const renamed = await virtualMachine.update(desk.context, id, state, news);
+    expect(await xmlOf(desk, host)).toContain('origin="acme/shop/prod/shop-web"');
+    // As after an engine that was killed before it kept the answer.
+    expect(await virtualMachine.update(desk.context, id, state, news)).toEqual(renamed);
+    await virtualMachine.delete(desk.context, id, renamed);
   });
 
   test("a machine that was undefined by hand is made again by an update", async ({ desk, host }) => {
@@ -505,5 +563,23 @@ describe("a machine's life", () => {
     const libvirt = await libvirtOf(desk, host);
     await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("web"), 0);
     expect(await virtualMachine.update(desk.context, id, state, inputs)).toEqual(state);
+  });
+
+  test("after an undefine by hand a volume of its own is not taken again but as the user's", async ({ desk, host }) => {
+    const news = (disk: object) => args(host, { disks: [{ pool: "default-pool", ...disk }] });
+    const inputs = await desk.checked(news({ size: "1MiB", name: "data" }));
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    const libvirt = await libvirtOf(desk, host);
+    await libvirt.domainUndefineFlags(await libvirt.domainLookupByName("web"), 0);
+    await using later = openMachineBench();
+    for (const olds of [inputs, undefined])
+      expect(await later.failures(news({ size: "1MiB", name: "data" }), olds)).toEqual([
+        { property: "disks[0].name", reason: expect.stringContaining("to keep what is in it declare it by its `path`") },
+      ]);
+    const kept = await later.checked(news({ path: state.ownVolumes[0], format: "qcow2" }), inputs);
+    const updated = await virtualMachine.update(later.context, id, state, kept);
+    expect(updated.ownVolumes).toEqual([]);
+    await virtualMachine.delete(later.context, id, updated);
+    expect((await libvirt.storageVolLookupByPath(state.ownVolumes[0]!)).key).toBe(state.ownVolumes[0]);
   });
 });

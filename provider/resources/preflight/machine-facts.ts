@@ -35,6 +35,8 @@ export interface MachineFacts {
   readonly isTemplateMissing: boolean;
   /** The machine itself, where this deployment's state does not know it and another one's does. */
   readonly ofOtherState: HostMachine | undefined;
+  /** What stands in place of the machine that this state knows, and is not it. */
+  readonly stranger: HostMachine | undefined;
   /** The host's other machines. */
   readonly neighbours: readonly HostMachine[];
   /** Of the volumes that are to be made for the machine: those that are there already and are not its own. */
@@ -59,11 +61,29 @@ export function isOfOtherState(origin: string, metadata: MachineMetadata | undef
   return !(Math.abs(Date.now() - Date.parse(metadata.finished)) < TAKEOVER_MS);
 }
 
-/** `ownUuid` is the machine's, when it was made by us before: it is no neighbour of itself. Throws what the host throws. */
+/**
+ * Whether a machine that has the UUID of ours is not ours: it was made for another, or, without a mark, by somebody else; the latter is ours with the
+ * user's consent. `origins` are those that ours may bear.
+ */
+export function isStranger(
+  metadata: MachineMetadata | undefined,
+  { origins, hasConsent }: { readonly origins: readonly string[]; readonly hasConsent: boolean },
+): boolean {
+  return metadata === undefined ? !hasConsent : !origins.includes(metadata.origin);
+}
+
+/**
+ * `ownUuid` is the machine's, when it was made by us before or is adopted: it is no neighbour of itself. `madeFor` is the origin that it was made for;
+ * undefined when this state does not know it. Throws what the host throws.
+ */
 export async function gatherMachine(
   host: Host,
   inputs: MachineInputs,
-  { deployment, ownUuid }: { readonly deployment: Deployment; readonly ownUuid: string | undefined },
+  {
+    deployment,
+    ownUuid,
+    madeFor,
+  }: { readonly deployment: Deployment; readonly ownUuid: string | undefined; readonly madeFor?: string | undefined },
 ): Promise<MachineFacts> {
   const facts = factsOf(host);
   const daemon = daemonOf(inputs.host);
@@ -96,6 +116,13 @@ export async function gatherMachine(
       ownUuid === undefined
         ? machines.find(({ uuid, metadata }) => uuid === inputs.uuid && isOfOtherState(inputs.origin, metadata))
         : undefined,
+    stranger:
+      madeFor === undefined
+        ? undefined
+        : machines.find(
+            ({ uuid, metadata }) =>
+              uuid === ownUuid && isStranger(metadata, { origins: [madeFor, inputs.origin], hasConsent: inputs.adopt !== undefined }),
+          ),
     neighbours: machines.filter((machine) => !isOwn(machine)),
     takenVolumes: await existing(
       await host.libvirt(),

@@ -62,6 +62,15 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     test: ({ ofOtherState, host }) => (ofOtherState ? [{ property: "adopt", sentence: otherStateRefusal(ofOtherState, host.label) }] : []),
   },
   {
+    id: "virtlift/machine-replaced",
+    level: "block",
+    isFixed: true,
+    summary: "In place of the machine stands another of its UUID: one that somebody else made, or that was made for another resource.",
+    remedy:
+      "Remove that one by hand to have this one made again, take it over with `adopt` if it bears no mark, or run `pulumi state delete`.",
+    test: ({ stranger, host }) => (stranger ? [{ property: "uuid", sentence: strangerRefusal(stranger, host.label, "changed") }] : []),
+  },
+  {
     id: "virtlift/uuid-taken",
     level: "block",
     summary: "A machine with this UUID is on the host and is not this one.",
@@ -153,15 +162,20 @@ export const MACHINE_RULES: readonly Rule<MachineFacts>[] = [
     id: "virtlift/own-volume-taken",
     level: "block",
     summary: "A volume that is to be made for the machine exists already and is somebody's.",
-    remedy: "Choose another name, or remove the volume. Nothing is ever overwritten.",
+    remedy:
+      "To keep what is in it, declare it as what exists: a disk by its `path` in place of `size` and `name`, a boot disk as `importedDisk` in place of `image`. Else choose another name, or remove the volume. Nothing is ever overwritten.",
     test: ({ inputs, host, takenVolumes }) =>
       ownVolumes(inputs)
         .filter(({ path }) => takenVolumes.has(path))
-        .map(({ path }) => {
+        .map(({ path, content }) => {
           const index = inputs.disks.findIndex((disk) => disk.path === path);
+          const taken = `${path} exists on ${host.label} and is not overwritten`;
+          if (content !== undefined) return { property: "cloudInit", sentence: `${taken}: remove it, or choose another name` };
+          const keep =
+            index < 0 ? "declare it as `importedDisk` in place of `image`" : "declare it by its `path` in place of `size` and `name`";
           return {
             property: index < 0 ? "image" : `disks[${index}].name`,
-            sentence: `${path} exists on ${host.label} and is not overwritten: choose another name, or remove it`,
+            sentence: `${taken}: to keep what is in it ${keep}, else choose another name or remove it`,
           };
         }),
   },
@@ -679,6 +693,17 @@ function confinement({ models }: HostSecurity, path: string, fileSystem: string)
     return `lies on ${fileSystem}, which SELinux forbids to machines unless told otherwise: setsebool -P virt_use_${fileSystem.startsWith("nfs") ? "nfs" : fileSystem.startsWith("fuse") ? "fusefs" : "samba"} on`;
   }
   return undefined;
+}
+
+/** Why a machine that has the UUID of ours and is not ours is let be. */
+export function strangerRefusal(
+  { name, metadata }: Pick<HostMachine, "name" | "metadata">,
+  host: string,
+  change: "changed" | "deleted",
+): string {
+  const owner = metadata ? `belongs to ${metadata.origin}` : "bears no mark of virtlift, as one that somebody else made,";
+  const consent = !metadata && change === "changed" ? "set `adopt` to take it over, " : "";
+  return `the machine ${name} on ${host} ${owner} and is not ${change}: ${consent}remove it by hand, or run pulumi state delete`;
 }
 
 /** Why a machine by the same origin that another state made is not redefined. */

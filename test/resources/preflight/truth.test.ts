@@ -57,6 +57,7 @@ const test = base.extend<Fixtures>({
 /** Rules that block and are not shown here, and why. */
 const ELSEWHERE: Readonly<Record<string, string>> = {
   "virtlift/machine-made": "test/resources/virtual-machine.test.ts shows it beside what is taken over",
+  "virtlift/machine-replaced": "test/resources/virtual-machine.test.ts shows it beside what update and delete then refuse",
   "virtlift/argument": "what is no argument means nothing that could be tried",
   "virtlift/no-host": "without a host there is nothing to try it on",
   "virtlift/libvirt-too-old": "no libvirt older than what it asks for is to be had beside the machine's own",
