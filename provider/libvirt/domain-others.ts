@@ -62,19 +62,10 @@ const KNOWN_ELEMENTS: ReadonlySet<string> = new Set(
 const KNOWN_DEVICES: ReadonlySet<string> = new Set(
   "emulator disk controller interface serial console channel input tpm graphics audio video watchdog memballoon rng".split(" "),
 );
-const KNOWN_PARTS: Readonly<Record<string, ReadonlySet<string>>> = {
-  disk: new Set("driver source target serial readonly shareable boot backingStore alias address".split(" ")),
-  interface: new Set("mac source target vlan model driver link mtu alias address".split(" ")),
-  cputune: new Set(["vcpupin"]),
-  memoryBacking: new Set(["hugepages"]),
-};
-/** Devices of which our definitions have one at most. */
-const SINGLE_DEVICES = ["serial", "tpm", "graphics", "video", "watchdog", "rng"] as const;
-
 /** What stays of a machine's definition. What `patches` name is left to them: it is the user's to say. */
 export function parseOthers(domain: XmlElement, patches: readonly XmlPatch[]): Others {
-  const named = patches.map(({ path, add = "" }) => `${path} ${add}`).join(" ");
-  const isNamed = ({ name }: XmlElement): boolean => new RegExp(`\\b${name}\\b`).test(named);
+  const isPatched = patched(patches);
+  const isNamed = ({ name }: XmlElement): boolean => isPatched(name);
   const devices = childrenOf(child(domain, "devices")).filter(isFreeDevice);
   const hasSound = devices.some((device) => device.name === "sound" && !isNamed(device));
   const audio = hasSound ? childrenOf(child(domain, "devices"), "audio") : [];
@@ -82,6 +73,12 @@ export function parseOthers(domain: XmlElement, patches: readonly XmlPatch[]): O
     elements: childrenOf(domain).filter((each) => isFreeElement(each) && !isNamed(each)),
     devices: [...devices, ...audio].filter((device) => !isNamed(device)),
   };
+}
+
+/** Tells which elements patches speak of, by their names. */
+export function patched(patches: readonly XmlPatch[]): (name: string) => boolean {
+  const named = patches.map(({ path, add = "" }) => `${path} ${add}`).join(" ");
+  return (name) => new RegExp(`\\b${name}\\b`).test(named);
 }
 
 /** The devices as they are written beside a screen of that kind: some come with SPICE only. */
@@ -97,18 +94,12 @@ export function otherElements({ elements }: Others): readonly Element[] {
 export function describeOthers(domain: XmlElement): OtherWords {
   const { elements, devices } = parseOthers(domain, []);
   const present = childrenOf(child(domain, "devices"));
-  const doubles = SINGLE_DEVICES.flatMap((name) => present.filter((device) => device.name === name).slice(1));
   return {
     staying: [...elements, ...devices.filter(({ name }) => name !== "audio")].map(inWords),
     going: [
       ...childrenOf(domain).filter(({ name }) => !KNOWN_ELEMENTS.has(name) && !elements.some((each) => each.name === name)),
       ...present.filter((device) => !KNOWN_DEVICES.has(device.name) && !devices.includes(device)),
-    ]
-      .map(inWords)
-      .concat(
-        doubles.map((device) => `a second ${inWords(device)}`),
-        [...childrenOf(domain), ...present].flatMap(unknownParts),
-      ),
+    ].map(inWords),
   };
 }
 
@@ -122,20 +113,12 @@ function isFreeElement(each: XmlElement): boolean {
   return FREE_ELEMENTS.has(each.name) && child(each, "memnode") === undefined;
 }
 
-/** Settings within what our definitions have. */
-function unknownParts(each: XmlElement): readonly string[] {
-  const known = KNOWN_PARTS[each.name];
-  if (known === undefined) return [];
-  const which = attribute(child(each, "target"), "dev") ?? attribute(child(each, "mac"), "address");
-  const owner = which === undefined ? each.name : `${each.name} ${which}`;
-  return childrenOf(each).flatMap(({ name }) => (known.has(name) ? [] : [`${name} of ${owner}`]));
-}
-
 function inWords(each: XmlElement): string {
   const kind = attribute(child(each, "target"), "name") ?? attribute(each, "type") ?? attribute(each, "model");
   return kind === undefined ? each.name : `${each.name} (${kind})`;
 }
 
-function asWritten({ name, attributes, children, text }: XmlElement): Element {
+/** An element that was read, to be written again. */
+export function asWritten({ name, attributes, children, text }: XmlElement): Element {
   return element(name, Object.fromEntries(attributes), ...(children.length > 0 ? children.map(asWritten) : text === "" ? [] : [text]));
 }

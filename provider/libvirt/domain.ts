@@ -14,7 +14,8 @@ import {
   parseDisk,
   parseInterface,
 } from "./domain-devices.ts";
-import { describeOthers, otherDevices, otherElements, type Others, type OtherWords, parseOthers } from "./domain-others.ts";
+import { type GivenDevices, keepWritten, type Written } from "./domain-keep.ts";
+import { describeOthers, otherDevices, otherElements, type Others, type OtherWords, parseOthers, patched } from "./domain-others.ts";
 import { element, type Element, renderXml } from "./render.ts";
 import { attribute, child, childrenOf, text } from "./tree.ts";
 import { patchXml, type XmlPatch } from "./xml-patch.ts";
@@ -176,6 +177,7 @@ export interface Placement {
   readonly firmwareFiles: readonly XmlElement[];
   readonly addresses: Addresses;
   readonly others: Others;
+  readonly written: Written;
 }
 
 /**
@@ -214,7 +216,8 @@ export function renderDomain(spec: DomainSpec, placement?: Placement): string {
     element("devices", {}, ...deviceElements(spec, placement)),
     ...(placement ? otherElements(placement.others) : []),
   );
-  return renderXml(patchXml(domain, spec.xmlPatches ?? []));
+  const wanted = placement && parseDomain(renderXml(domain));
+  return renderXml(patchXml(placement && wanted ? keepWritten(domain, wanted, placement.written) : domain, spec.xmlPatches ?? []));
 }
 
 /** A disk by itself, as calls that attach, detach and update take it. */
@@ -373,7 +376,10 @@ function serialLogElement({ serialLog }: DomainSpec): Element | undefined {
 
 /** Reads domain XML, live or inactive, of any machine. Throws ImageError when it is no XML or no domain. */
 export function parseDomain(xml: string): ObservedDomain {
-  const domain = parseXml(xml, "the domain XML");
+  return observe(parseXml(xml, "the domain XML"));
+}
+
+function observe(domain: XmlElement): ObservedDomain {
   const os = child(domain, "os");
   const features = child(domain, "features");
   const cpu = child(domain, "cpu");
@@ -404,8 +410,11 @@ export function parseDomain(xml: string): ObservedDomain {
   };
 }
 
-/** Reads from the inactive domain XML what a redefinition must keep, but for what `patches` speak of. Throws as `parseDomain`. */
-export function parsePlacement(xml: string, patches: readonly XmlPatch[] = []): Placement {
+/**
+ * Reads from the inactive domain XML what a redefinition must keep, but for what `patches` speak of. `given` are the devices that our last definition had;
+ * undefined: all of them. Throws as `parseDomain`.
+ */
+export function parsePlacement(xml: string, patches: readonly XmlPatch[] = [], given?: GivenDevices): Placement {
   const domain = parseXml(xml, "the domain XML");
   const os = child(domain, "os");
   const devices = child(domain, "devices");
@@ -422,7 +431,17 @@ export function parsePlacement(xml: string, patches: readonly XmlPatch[] = []): 
     firmwareFiles: childrenOf(os).filter(({ name }) => name === "loader" || name === "nvram"),
     addresses,
     others: parseOthers(domain, patches),
+    written: { domain, observed: observe(domain), foreignMetadata: foreignMetadata(xml), given, isPatched: patched(patches) },
   };
+}
+
+/** What others keep in the machine's metadata, word for word. libvirt writes our element with the prefix that we gave it. */
+function foreignMetadata(xml: string): string | undefined {
+  const start = xml.indexOf("<metadata>") + "<metadata>".length;
+  const end = xml.indexOf("</metadata>", start);
+  if (start < "<metadata>".length || end === -1) return undefined;
+  const ours = new RegExp(`<${MACHINE_PREFIX}:machine\\b[^>]*(?:/>|>[^]*?</${MACHINE_PREFIX}:machine>)`);
+  return xml.slice(start, end).replace(ours, "").trim() || undefined;
 }
 
 /** What of a machine no property of ours knows. Throws as `parseDomain`. */

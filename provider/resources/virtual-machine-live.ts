@@ -11,6 +11,7 @@ import {
   LIBVIRT_ERROR,
 } from "../libvirt/constants.ts";
 import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
+import type { GivenDevices } from "../libvirt/domain-keep.ts";
 import { type DomainSpec, type ObservedDomain, parseDomain, renderDisk, renderInterface } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { canPlugDisk, canPlugInterface, canUnplugDisk, canUpdateInterface, isSameDisk, isSameDrive } from "./virtual-machine-changes.ts";
@@ -31,10 +32,11 @@ interface Step {
 
 /**
  * Changes what runs. A device that the guest does not let go stays, with a warning: it goes at the next start, as everything does that libvirt cannot
- * change while the guest runs. Throws what libvirt throws, after having taken back what was done before.
+ * change while the guest runs. `given` are the devices that our last definition had, undefined: all that are there. Throws what libvirt throws, after having taken back what was done before.
  */
-export async function changeLive(guest: Guest, wanted: DomainSpec): Promise<void> {
-  const live = parseDomain(await guest.libvirt.domainGetXMLDesc(guest.domain));
+export async function changeLive(guest: Guest, wanted: DomainSpec, given: GivenDevices | undefined): Promise<void> {
+  const found = parseDomain(await guest.libvirt.domainGetXMLDesc(guest.domain));
+  const live = given === undefined ? found : { ...found, ...ownDevices(found, given, wanted) };
   const steps = [diskSteps, interfaceSteps, pinningSteps, sizeSteps].flatMap((stepsOf) => stepsOf(guest, live, wanted));
   const done: Step[] = [];
   try {
@@ -50,6 +52,18 @@ export async function changeLive(guest: Guest, wanted: DomainSpec): Promise<void
     }
     throw error;
   }
+}
+
+/** The devices that are ours, or are to be: others are not touched. */
+function ownDevices(live: ObservedDomain, given: GivenDevices, wanted: DomainSpec): Pick<ObservedDomain, "disks" | "interfaces"> {
+  const disks = [...given.disks, ...wanted.disks];
+  const interfaces = [...given.interfaces, ...wanted.interfaces];
+  return {
+    disks: live.disks.filter((disk) =>
+      disks.some(({ path, target }) => target === disk.target || (path !== undefined && path === disk.path)),
+    ),
+    interfaces: live.interfaces.filter(({ mac }) => interfaces.some((each) => each.mac === mac)),
+  };
 }
 
 /** False where libvirt's driver knows no such call at all, as its test driver: the change then comes with the next start. */

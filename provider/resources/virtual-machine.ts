@@ -16,6 +16,7 @@ import {
   renderDomain,
   renderMetadata,
 } from "../libvirt/domain.ts";
+import type { GivenDevices } from "../libvirt/domain-keep.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { PatchError, type XmlPatch } from "../libvirt/xml-patch.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
@@ -397,7 +398,16 @@ async function create(context: Context, inputs: MachineInputs) {
   }
   if (existing && isMade && !isAdopted) throw new Error(otherStateRefusal(existing.defined, host.label));
   const volumes = existing?.defined.metadata?.volumes ?? [];
-  const domain = await define({ context, host, inputs, existing, volumes, declaredPaths: inputs.diskPaths, declaredPatches: [] });
+  const domain = await define({
+    context,
+    host,
+    inputs,
+    existing,
+    volumes,
+    declaredPaths: inputs.diskPaths,
+    declaredPatches: [],
+    given: undefined,
+  });
   const state = await settle({ context, host, libvirt, domain }, inputs, { mustWait: !isAdopted });
   return { id: inputs.uuid, state };
 }
@@ -413,13 +423,15 @@ interface Definition {
   readonly declaredPaths: readonly string[];
   /** The patches that the last definition of ours was made with. */
   readonly declaredPatches: readonly XmlPatch[];
+  /** The disks and interfaces that the last definition of ours had: others were given by somebody else, and stay. Undefined: none is. */
+  readonly given: GivenDevices | undefined;
 }
 
 /**
  * Makes the machine's own volumes, defines it over what is defined, and changes what runs as far as that can be. Which volumes are being made stands in
  * the definition first, so that a kill at any time leaves nothing that is not known to be ours. When it fails, what was there before is there again.
  */
-async function define({ context, host, inputs, existing, volumes, declaredPaths, declaredPatches }: Definition): Promise<Domain> {
+async function define({ context, host, inputs, existing, volumes, declaredPaths, declaredPatches, given }: Definition): Promise<Domain> {
   const libvirt = await host.libvirt();
   const missing = ownVolumes(inputs).filter(({ path }) => !volumes.some((volume) => volume.path === path && !volume.isUnfinished));
   const others = volumes.filter(({ path }) => !missing.some((plan) => plan.path === path));
@@ -445,8 +457,8 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths,
       made.push(plan.path);
     }
     if (existing && isDefined(existing.defined, spec)) return existing.domain;
-    const domain = await libvirt.domainDefineXMLFlags(renderDomain(spec, existing && parsePlacement(existing.xml, patches)));
-    if ((await powerStateOf({ libvirt, domain })) !== "stopped") await changeLive({ context, host, libvirt, domain }, spec);
+    const domain = await libvirt.domainDefineXMLFlags(renderDomain(spec, existing && parsePlacement(existing.xml, patches, given)));
+    if ((await powerStateOf({ libvirt, domain })) !== "stopped") await changeLive({ context, host, libvirt, domain }, spec, given);
     return domain;
   } catch (error) {
     try {
@@ -569,7 +581,8 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
     }
   }
   const declaredPatches = olds.xmlPatches ?? [];
-  const domain = await define({ context, host, inputs: news, existing, volumes, declaredPaths: olds.diskPaths, declaredPatches });
+  const given = domainSpec(inputsOf(olds) as MachineInputs, []);
+  const domain = await define({ context, host, inputs: news, existing, volumes, declaredPaths: olds.diskPaths, declaredPatches, given });
   const guest: Guest = { context, host, libvirt, domain };
   const defined = parseDomain(await libvirt.domainGetXMLDesc(domain, DOMAIN_XML.inactive));
   for (const path of await growVolumes(guest, ownVolumes(news), defined)) context.log("info", `${news.name}: ${path} has grown`);
