@@ -1,5 +1,5 @@
 /** A source on this machine: a file and those beside it. */
-import { constants } from "node:fs";
+import { type BigIntStats, constants } from "node:fs";
 import { open, type FileHandle } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { DiskError } from "../errors.ts";
@@ -9,8 +9,8 @@ import { type Folder, MissingFile, Range, refusePath } from "./range.ts";
 interface OpenFile {
   readonly handle: FileHandle;
   readonly range: Range;
-  /** What tells this state of the file from any other. */
-  readonly seen: string;
+  /** As it was when it was opened. */
+  readonly seen: BigIntStats;
   readonly path: string;
 }
 
@@ -39,7 +39,7 @@ export class LocalFolder implements Folder {
       // Of what was asked for and is not there, nothing was read.
       if (opened.status === "rejected") continue;
       const { handle, seen, path } = opened.value;
-      if (identity(await handle.stat({ bigint: true })) !== seen) {
+      if (!isSameState(seen, await handle.stat({ bigint: true }))) {
         throw new DiskError(`${path} changed while it was read: stop what writes it, then run up again`, { step: "source", path });
       }
     }
@@ -70,11 +70,13 @@ async function openFile(path: string, isImage: boolean): Promise<OpenFile> {
     readAt: (offset, length) => readFully(handle, path, offset, length),
     dataExtents: () => readDataExtents(handle, size.sizeBytes),
   });
-  return { handle, range, seen: identity(stat), path };
+  return { handle, range, seen: stat, path };
 }
 
-function identity(stat: { readonly size: bigint; readonly mtimeNs: bigint; readonly ino: bigint; readonly dev: bigint }): string {
-  return `${stat.dev}:${stat.ino}:${stat.size}:${stat.mtimeNs}`;
+/** Whoever writes can set the time of that back, but not the one of the last change of any kind; a backup that links the file changes only the latter. */
+function isSameState(before: BigIntStats, now: BigIntStats): boolean {
+  const isUnwritten = (["dev", "ino", "size", "mtimeNs"] as const).every((key) => before[key] === now[key]);
+  return isUnwritten && (before.ctimeNs === now.ctimeNs || before.nlink !== now.nlink);
 }
 
 function unreadable(path: string, error: unknown, isImage: boolean): DiskError {
