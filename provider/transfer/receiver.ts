@@ -39,10 +39,17 @@ work=$1 id=$2 final=$3
 part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp guest=$work/$id.guest log=$work/$id.log fetched=$work/$id.source job=
 fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 0; }
 if command -v openssl >/dev/null 2>&1; then sha='openssl dgst -sha256 -r'; else sha=sha256sum; fi
-hash() {
-  digest=$(dd if="$1" bs=1048576 iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none | $sha)
-  printf 'have %s %s %s\\n' "$2" "$3" "\${digest%% *}"
+# sum FILE OFFSET [dd's count=LENGTH]: sets \`digest\`. What dd complains of comes before the hash of what it could read.
+sum() {
+  digest=$({ { dd if="$1" bs=1048576 iflag=skip_bytes,count_bytes skip="$2" \${3:+"$3"} status=none 2>&3 || echo "cannot read $1" >&3; } | $sha; } 3>&1)
+  case \${digest%% *} in '' | *[!0-9a-f]*) fail "$1 cannot be hashed: $(printf '%s' "$digest" | head -n 1)" ;; esac
+  digest=\${digest%% *}
 }
+hash() {
+  sum "$1" "$2" "count=$3"
+  printf 'have %s %s %s\\n' "$2" "$3" "$digest"
+}
+leads_away() { [ -L "$1" ] || { [ -e "$1" ] && [ "$(stat -c %h -- "$1" 2>/dev/null || echo 1)" -gt 1 ]; }; }
 [ ! -L "$work" ] || fail "$work is a symbolic link"
 # A writer whose client vanished without a word waits for the next command, or for the rest of a frame, and sshd may take hours to notice.
 reclaim() {
@@ -57,6 +64,7 @@ reclaim() {
 tries=0
 while :; do
   # Another import that ends removes the empty folder. \`command\` keeps the shell alive where the file cannot be made.
+  if leads_away "$lock"; then rm -f -- "$lock"; fi
   if message=$(mkdir -p -- "$work" 2>&1) && command exec 9>>"$lock"; then
     flock -n 9 || { reclaim 2>/dev/null; echo busy; exit 0; }
     [ "$lock" -ef /dev/fd/9 ] && break
@@ -73,6 +81,10 @@ if [ -e "$final" ] || [ -L "$final" ]; then
   echo exists
   exit 0
 fi
+# A name in our folder that leads to a file elsewhere: only the name is ours.
+for each in "$part" "$journal" "$stamp" "$log" "$fetched" "$fetched.etag"; do
+  if leads_away "$each"; then rm -f -- "$each"; fi
+done
 : >>"$part"
 rm -f -- "$guest"
 trap 'rm -f -- "$guest"' EXIT
@@ -83,8 +95,12 @@ while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second; do
   idle=waiting
   case $verb in
   resume)
+    # A host that lost its power may have kept any bytes of it.
+    if [ -e "$journal" ]; then
+      message=$({ tr '\\0' '\\n' <"$journal" | LC_ALL=C sed -n '/^[0-9]\\{1,15\\} [1-9][0-9]\\{0,14\\}$/p' | sort -u -o "$journal"; } 2>&1) || fail "$message"
+    fi
     if [ -s "$journal" ]; then
-      sort -u -- "$journal" | while IFS=' ' read -r offset length; do hash "$part" "$offset" "$length"; done
+      while IFS=' ' read -r offset length; do hash "$part" "$offset" "$length"; done <"$journal"
     else
       message=$(truncate -s 0 -- "$part" 2>&1) || fail "$message"
     fi
@@ -113,19 +129,24 @@ while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second; do
     message=$(sync -- "$part" "$work" 2>&1) || fail "$message"
     echo ok ;;
   digest)
-    digest=$(dd if="$part" bs=1048576 iflag=skip_bytes skip="$first" status=none | $sha)
-    printf 'digest %s\\n' "\${digest%% *}" ;;
+    sum "$part" "$first"
+    printf 'digest %s\\n' "$digest" ;;
   stamp)
     { stat -c %i -- "$part" && dd bs=65536 iflag=fullblock,count_bytes count="$first" status=none; } >"$stamp" || fail "cannot write $stamp"
-    sync -- "$stamp" "$work"
+    message=$(sync -- "$stamp" "$work" 2>&1) || fail "$message"
     echo ok ;;
   guest)
     command -v qemu-img >/dev/null 2>&1 || fail "qemu-img is not installed there, and the content of the disk is to be verified with it"
     message=$(qemu-img convert -f "$first" -O raw "$part" "$guest" 2>&1 9>&- </dev/null) || fail "$message"
-    qemu-img map -f raw "$guest" 9>&- </dev/null | tail -n +2 | while IFS=' ' read -r offset length rest; do
-      printf 'data %s %s\\n' "$((offset))" "$((length))"
-    done
-    printf 'guest %s\\n' "$(stat -c %s -- "$guest")" ;;
+    {
+      { qemu-img map -f raw "$guest" 2>"$log" 9>&- </dev/null || printf 'error %s\\n' "$(tr '\\n' ' ' <"$log")" >&3; } |
+        tail -n +2 | while IFS=' ' read -r offset length rest; do
+          printf 'data %s %s\\n' "$((offset))" "$((length))"
+        done
+    } 3>&1
+    rm -f -- "$log"
+    size=$(stat -c %s -- "$guest" 2>&1) || fail "$size"
+    printf 'guest %s\\n' "$size" ;;
   content)
     hash "$guest" "$first" "$second" 9>&- </dev/null ;;
   run)
@@ -179,6 +200,7 @@ export const RECEIVER_TOOLS: readonly string[] = [
   "ln",
   "mkdir",
   "sort",
+  "sed",
   "tr",
   "sha256sum",
 ];

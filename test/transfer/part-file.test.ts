@@ -1,20 +1,22 @@
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, readdir, readFile, stat, symlink, writeFile } from "node:fs/promises";
+import { link, mkdir, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { createHosts } from "../../provider/host/open.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
-import { FRAME_BYTES, openPartFile, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
+import { FRAME_BYTES, openPartFile, type PartFile, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { createThrottle } from "../../provider/transfer/throttle.ts";
 import { openDirectory } from "../bed/directory.ts";
 
-/** A folder that stands for a pool's, this machine as host, and the part of one import. */
-async function openPool() {
+/** A folder that stands for a pool's, this machine as host, and the part of one import. Programs in `programs` hide the machine's. */
+async function openPool(programs: Readonly<Record<string, string>> = {}) {
   const directory = await openDirectory("pool");
+  const tools = await openDirectory("tools");
+  for (const [name, script] of Object.entries(programs)) await writeFile(join(tools.path, name), script, { mode: 0o755 });
   const hosts = createHosts({
-    environment: process.env,
+    environment: { ...process.env, PATH: `${tools.path}:${process.env["PATH"]}` },
     homeDirectory: homedir(),
     userName: userInfo().username,
     userId: process.getuid!(),
@@ -30,6 +32,7 @@ async function openPool() {
     leftovers: async () => (await readdir(directory.path)).filter((name) => name !== "disk.raw"),
     async [Symbol.asyncDispose]() {
       await hosts.close();
+      await tools[Symbol.asyncDispose]();
       await directory[Symbol.asyncDispose]();
     },
   };
@@ -148,6 +151,73 @@ describe("a part file", () => {
     expect(sha256(await readFile(pool.finalPath))).toBe(sha256(bytes));
   });
 
+  it("goes on with what a journal still tells that lost some of its bytes", async () => {
+    const bytes = randomBytes(8192);
+    for (const [journal, frames] of [
+      ["\0".repeat(4096), 0],
+      [`0 4096\n${"\0".repeat(100)}`, 1],
+      [`${"\0".repeat(100)}\n0 4096\n4096 `, 1],
+      [`0 4096\n\xff 1\n1 0\n-1 5\n${"9".repeat(30)} 1\n`, 1],
+    ] as const) {
+      await using pool = await openPool();
+      const write = async (part: PartFile) => {
+        for (const offset of [0, 4096]) {
+          await part.write(offset, bytes.subarray(offset, offset + 4096));
+          await part.settle();
+        }
+      };
+      {
+        await using part = await pool.open();
+        await write(part);
+      }
+      await writeFile(join(pool.path, WORK_FOLDER, "import.journal"), journal, "latin1");
+      await using part = await pool.open();
+      expect(await part.resume()).toEqual({ frames });
+      await write(part);
+      expect(part.keptBytes).toBe(frames * 4096);
+      await part.publish(1);
+      expect(sha256(await readFile(pool.finalPath))).toBe(sha256(bytes));
+    }
+  });
+
+  it("says that it cannot be read, in place of the hash of what could be", async () => {
+    await using pool = await openPool();
+    await using part = await pool.open();
+    await part.write(0, randomBytes(4096));
+    await part.settle();
+    const path = join(pool.path, WORK_FOLDER, "import.part");
+    await rm(path);
+    await mkdir(path);
+    await expect(part.digest(0)).rejects.toThrow(/import\.part cannot be hashed: dd: error reading .*: Is a directory$/);
+  });
+
+  it("says that the host's qemu-img did not tell all that it read", async () => {
+    const broken = '#!/bin/sh\ncase $1 in convert) exec cp "$6" "$7" ;; esac\necho head; echo 0 4096; echo "no memory" >&2; exit 1\n';
+    await using pool = await openPool({ "qemu-img": broken });
+    await using part = await pool.open();
+    await part.write(0, randomBytes(8192));
+    await part.settle();
+    await expect(part.readGuest("raw")).rejects.toThrow(`cannot write ${pool.finalPath} on this machine: no memory`);
+  });
+
+  it("is written anew where its name leads to a file elsewhere, which stays as it is", async () => {
+    for (const lead of [symlink, link]) {
+      await using pool = await openPool();
+      const theirs = join(pool.path, "theirs");
+      await writeFile(theirs, "somebody's");
+      await mkdir(join(pool.path, WORK_FOLDER));
+      for (const kind of ["part", "journal", "stamp", "lock"]) await lead(theirs, join(pool.path, WORK_FOLDER, `import.${kind}`));
+      await using part = await pool.open();
+      await part.resume();
+      await part.write(0, Buffer.from("bytes"));
+      await part.settle();
+      await part.stamp(Buffer.from("{}"));
+      await part.publish(1);
+      expect(await readFile(theirs, "utf8")).toBe("somebody's");
+      expect(await readFile(pool.finalPath, "utf8")).toBe("bytes");
+    }
+  });
+
   it("is refused when the path exists, and touches neither file nor folder", async () => {
     await using pool = await openPool();
     await writeFile(pool.finalPath, "somebody's");
@@ -183,7 +253,7 @@ describe("a part file", () => {
       await part.write(0, bytes);
       const settling = part.settle();
       stop.abort(new Error("the engine is gone"));
-      await expect(settling).rejects.toThrow();
+      await expect(settling).rejects.toBeInstanceOf(Error);
     }
     await using part = await pool.open();
     await part.resume();
