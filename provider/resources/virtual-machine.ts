@@ -16,7 +16,6 @@ import {
   renderDomain,
   renderMetadata,
 } from "../libvirt/domain.ts";
-import type { GivenDevices } from "../libvirt/domain-keep.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { PatchError, type XmlPatch } from "../libvirt/xml-patch.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
@@ -321,14 +320,18 @@ function showXml(context: Context, inputs: MachineInputs): void {
   for (const line of renderDomain(domainSpec(inputs, volumes)).trimEnd().split("\n")) tell(context, "info", `${inputs.name}: ${line}`);
 }
 
-/** The properties whose change needs a restart that the user did not consent to. What is going to happen with consent is said. */
+/** The properties whose change needs a restart that the user did not consent to. What is going to happen with consent, and a start, is said. */
 async function restartsOf(context: Context, libvirt: Libvirt, inputs: MachineInputs, olds: MachineInputs): Promise<readonly string[]> {
-  const properties = changesOf(olds, inputs)
-    .filter(({ effect }) => effect === "restart")
-    .map(({ property }) => property);
-  if (properties.length === 0 || inputs.powerState === "stopped") return [];
+  const changes = changesOf(olds, inputs);
+  const properties = changes.filter(({ effect }) => effect === "restart").map(({ property }) => property);
+  if (changes.length === 0 || inputs.powerState === "stopped") return [];
   const domain = await findDomain(libvirt, inputs.uuid);
-  if (!domain || (await powerStateOf({ libvirt, domain })) === "stopped") return [];
+  if (!domain) return [];
+  if ((await powerStateOf({ libvirt, domain })) === "stopped") {
+    tell(context, "info", `${inputs.name}: it is off, and is started: declare \`powerState: "stopped"\` to leave it so`);
+    return [];
+  }
+  if (properties.length === 0) return [];
   // What somebody else defined and did not start goes without a restart.
   if (await runsAs(libvirt, domain, inputs)) return [];
   switch (inputs.onRestartRequired) {
@@ -423,8 +426,8 @@ interface Definition {
   readonly declaredPaths: readonly string[];
   /** The patches that the last definition of ours was made with. */
   readonly declaredPatches: readonly XmlPatch[];
-  /** The disks and interfaces that the last definition of ours had: others were given by somebody else, and stay. Undefined: none is. */
-  readonly given: GivenDevices | undefined;
+  /** The last definition of ours: what it does not have was given by somebody else, and stays. Undefined: nothing was. */
+  readonly given: DomainSpec | undefined;
 }
 
 /**
@@ -438,7 +441,8 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths,
   const isSnapshot = existing && (await findSnapshots(libvirt, existing.defined, declaredPaths));
   const wanted = (isUnfinished: boolean): DomainSpec => {
     const plain = domainSpec(inputs, [...others, ...missing.map(({ path }) => ({ path, isUnfinished }))]);
-    const spec = { ...plain, metadata: { ...plain.metadata, finished: existing?.defined.metadata?.finished } };
+    const labels = given && existing ? keepLabels(given, existing.defined, plain) : {};
+    const spec = { ...plain, ...labels, metadata: { ...plain.metadata, finished: existing?.defined.metadata?.finished } };
     return existing && isSnapshot ? withSnapshots(context, keepSnapshots(spec, existing.defined, isSnapshot), spec) : spec;
   };
   const spec = wanted(false);
@@ -478,6 +482,14 @@ async function define({ context, host, inputs, existing, volumes, declaredPaths,
   }
 }
 
+/** Title and description that nobody declared are somebody else's words. */
+function keepLabels(given: DomainSpec, { title, description }: ObservedDomain, wanted: DomainSpec): Partial<DomainSpec> {
+  return {
+    title: wanted.title ?? (given.title === undefined ? title : undefined),
+    description: wanted.description ?? (given.description === undefined ? description : undefined),
+  };
+}
+
 /** Says on which files the machine runs in place of the declared ones. */
 function withSnapshots(context: Context, kept: DomainSpec, declared: DomainSpec): DomainSpec {
   for (const [index, { path }] of kept.disks.entries()) {
@@ -496,12 +508,17 @@ async function writeMetadata(libvirt: Libvirt, domain: Domain, metadata: Machine
 async function settle(
   guest: Guest,
   inputs: MachineInputs,
-  { mustWait, restart = false }: { readonly mustWait: boolean; readonly restart?: boolean },
+  {
+    mustWait,
+    restart = false,
+    keepsAutostart = false,
+  }: { readonly mustWait: boolean; readonly restart?: boolean; readonly keepsAutostart?: boolean },
 ): Promise<MachineState> {
   const { libvirt, domain } = guest;
   const policy = { timeoutSeconds: inputs.shutdownTimeoutSeconds, onTimeout: inputs.onShutdownTimeout };
   try {
-    if ((await libvirt.domainGetAutostart(domain)) !== inputs.autostart) await libvirt.domainSetAutostart(domain, inputs.autostart);
+    if (!keepsAutostart && (await libvirt.domainGetAutostart(domain)) !== inputs.autostart)
+      await libvirt.domainSetAutostart(domain, inputs.autostart);
     if (restart || inputs.powerState === "stopped") await stopGuest(guest, policy);
     if (inputs.powerState !== "stopped") {
       if (isSession(guest.host)) await guest.host.run(["mkdir", "-p", "--", posix.dirname(inputs.serialLog)]);
@@ -592,8 +609,13 @@ async function update(context: Context, _id: string, olds: MachineState, news: M
   if (seed !== undefined && isSeedOurs && seed !== news.cloudInit?.volumePath && !live?.disks.some(({ path }) => path === seed)) {
     await dropVolume(libvirt, domain, defined.metadata, seed);
   }
-  if (isRunning) await relabel(libvirt, domain, news, live?.metadata?.patches);
-  return settle(guest, news, { mustWait: !olds.ready, restart: staysOn && isPending && news.onRestartRequired === "restart" });
+  if (isRunning) await relabel(libvirt, domain, defined, live?.metadata?.patches);
+  return settle(guest, news, {
+    mustWait: !olds.ready,
+    restart: staysOn && isPending && news.onRestartRequired === "restart",
+    // What nobody declares may be somebody else's word.
+    keepsAutostart: !news.declared.includes("autostart") && olds.autostart === news.autostart,
+  });
 }
 
 /** Whether the machine runs on the hardware that the inputs stand for. */
@@ -616,7 +638,7 @@ async function dropVolume(libvirt: Libvirt, domain: Domain, metadata: MachineMet
 async function relabel(
   libvirt: Libvirt,
   domain: Domain,
-  { title, description }: MachineInputs,
+  { title, description }: Pick<ObservedDomain, "title" | "description">,
   patches: string | undefined,
 ): Promise<void> {
   await libvirt.domainSetMetadata(domain, DOMAIN_METADATA.title, title, undefined, undefined, DOMAIN_AFFECT.live);
@@ -643,7 +665,7 @@ async function read(context: Context, id: string, state: MachineState) {
 }
 
 function inputsOf(state: MachineState): MachineInputs {
-  const { ipAddresses: _i, restartPending: _p, ready: _r, ownVolumes: _v, hostname: _n, hostUuid: _h, ...inputs } = state;
+  const { ipAddresses: _i, restartPending: _p, ready: _r, ownVolumes: _v, hostname: _g, hostUuid: _u, hostName: _n, ...inputs } = state;
   return inputs;
 }
 

@@ -130,11 +130,11 @@ describe("a machine with everything", () => {
     expect(existsSync(swtpm)).toBe(true);
     await virtualMachine.delete(context, id, seen!.state);
     expect(await virtualMachine.read(context, id, seen!.state)).toBeUndefined();
-    const elsewhere = { ...seen!.state, hostUuid: "6b0f3d0e-0000-4000-8000-000000000000" };
+    const elsewhere = { ...seen!.state, hostUuid: "6b0f3d0e-0000-4000-8000-000000000000", hostName: "other" };
     const calls = [virtualMachine.read(context, id, elsewhere), virtualMachine.update(context, id, elsewhere, inputs)];
     for (const call of [...calls, virtualMachine.delete(context, id, elsewhere)]) {
       await expect(call).rejects.toThrow(
-        /^qemu\+unix:.* leads to another host here \(UUID [\da-f-]{36}\) than the one that all was made on/,
+        /^qemu\+unix:.* leads to another host here \(\S+, UUID [\da-f-]{36}\) than the one that all was made on \(other, UUID 6b0f3d0e-/,
       );
     }
     expect([existsSync(swtpm), existsSync(join(libvirtd.directory, "lib/qemu/nvram/all_VARS.fd"))]).toEqual([false, false]);
@@ -200,11 +200,19 @@ describe("a machine with everything", () => {
     await libvirtd.virsh("attach-interface", "shared-hands", "network", "default", ...cable);
     await libvirtd.virsh("blkdeviotune", "shared-hands", "vda", "--total-iops-sec", "700", "--live", "--config");
 
+    await libvirtd.virsh("desc", "shared-hands", "--live", "--config", "by hand");
+    await libvirtd.virsh("autostart", "shared-hands");
+
     const titled = await desk.checked({ ...news, title: "Shop" }, inputs);
     const after = await virtualMachine.update(desk.context, id, state, titled);
     for (const xml of [await libvirtd.virsh("dumpxml", "shared-hands"), await libvirtd.virsh("dumpxml", "shared-hands", "--inactive")]) {
-      for (const words of ["<title>Shop</title>", theirs, "52:54:00:77:77:01", "<total_iops_sec>700<"]) expect(xml).toContain(words);
+      for (const words of ["<title>Shop</title>", theirs, "52:54:00:77:77:01", "<total_iops_sec>700<", ">by hand<"])
+        expect(xml).toContain(words);
     }
+    expect(await libvirtd.virsh("dominfo", "shared-hands")).toMatch(/Autostart: +enable/);
+    await libvirtd.virsh("destroy", "shared-hands");
+    await desk.checked({ ...news, title: "Shop", tags: { by: "us" } }, titled);
+    expect(desk.logged.at(-1)).toMatch(/^info: shared-hands: it is off, and is started/);
     await virtualMachine.delete(desk.context, id, after);
     await Promise.all([rm(theirs), rm(inputs.diskPaths[0]!)]);
   });
