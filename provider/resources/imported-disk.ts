@@ -363,7 +363,7 @@ async function read(context: Context, id: string, state: DiskState) {
 
 function inputsOf(state: DiskState): DiskInputs {
   const { virtualSizeBytes: _v, allocatedBytes: _a, sourceDigest: _s, contentDigest: _c, verified: _w, ...rest } = state;
-  const { isUploaded: _u, uploadedAt: _t, mountPoint: _m, hostUuid: _h, ...inputs } = rest;
+  const { isUploaded: _u, uploadedAt: _t, mountPoint: _m, hostUuid: _h, hostName: _n, ...inputs } = rest;
   return inputs;
 }
 
@@ -389,9 +389,9 @@ function assertMounted(host: Host, state: DiskState, mountPoint: string | undefi
 /** Nothing on the host changes: what would change the disk replaces it. */
 async function update(_context: Context, _id: string, olds: DiskState, news: DiskInputs): Promise<DiskState> {
   const { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified = "digest" } = olds;
-  const { isUploaded, uploadedAt, mountPoint, hostUuid } = olds;
+  const { isUploaded, uploadedAt, mountPoint, hostUuid, hostName } = olds;
   const found = { virtualSizeBytes, allocatedBytes, sourceDigest, contentDigest, verified };
-  return { ...news, ...found, isUploaded, uploadedAt, mountPoint, hostUuid };
+  return { ...news, ...found, isUploaded, uploadedAt, mountPoint, hostUuid, hostName };
 }
 
 async function remove(context: Context, _id: string, state: DiskState): Promise<void> {

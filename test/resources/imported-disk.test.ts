@@ -121,12 +121,19 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
       await libvirtd.virsh("pool-start", "default");
       await rm(state.path);
       expect(await importedDisk.read(caller.context, state.diskId, state)).toBeUndefined();
-      const elsewhere = { ...state, hostUuid: "6b0f3d0e-0000-4000-8000-000000000000" };
+      const restarted = { ...state, hostUuid: "6b0f3d0e-0000-4000-8000-000000000000" };
+      expect(await importedDisk.read(caller.context, state.diskId, restarted)).toBeUndefined();
+      const elsewhere = { ...restarted, hostName: "other" };
+      await expect(importedDisk.read(caller.context, state.diskId, { ...restarted, hostName: undefined })).rejects.toThrow(
+        /was made on \(UUID 6b0f3d0e-/,
+      );
       for (const call of [
         importedDisk.read(caller.context, state.diskId, elsewhere),
         importedDisk.delete(caller.context, state.diskId, elsewhere),
       ])
-        await expect(call).rejects.toThrow(/leads to another host here \(UUID [\da-f-]{36}\) than the one that web-[\da-f]+ was made on/);
+        await expect(call).rejects.toThrow(
+          /leads to another host here \(\S+, UUID [\da-f-]{36}\) than the one that web-[\da-f]+ was made on \(other, UUID 6b0f3d0e-/,
+        );
     });
 
     it("is never taken for gone when the daemon does not answer", async () => {

@@ -52,6 +52,8 @@ export interface HostNature {
   /** Whether files on the host are files of this process. */
   readonly isLocal: boolean;
   readonly uuid: string | undefined;
+  /** What the host calls itself, by libvirt. */
+  readonly name: string;
   readonly domainTypes: ReadonlySet<string>;
   readonly security: HostSecurity;
   readonly memoryMiB: number;
@@ -125,8 +127,9 @@ export class HostFacts {
   nature(): Promise<HostNature> {
     return this.#keep("nature", async () => {
       const libvirt = await this.#host.libvirt();
-      const [capabilities, node, libvirtVersion, hypervisorVersion] = await Promise.all([
+      const [capabilities, name, node, libvirtVersion, hypervisorVersion] = await Promise.all([
         libvirt.connectGetCapabilities(),
+        libvirt.connectGetHostname(),
         libvirt.nodeGetInfo(),
         libvirt.connectGetLibVersion(),
         libvirt.connectGetVersion(),
@@ -135,6 +138,7 @@ export class HostFacts {
         label: this.#host.label,
         isLocal: this.#host.isLocal,
         uuid: parseHostUuid(capabilities),
+        name,
         domainTypes: parseDomainTypes(capabilities),
         security: parseSecurity(capabilities),
         memoryMiB: Math.floor(node.memory / 1024),
