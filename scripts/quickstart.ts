@@ -23,10 +23,10 @@ import { bold, say, step } from "./setup/steps.ts";
 const USAGE = `npm run quickstart -- [image] [--host <libvirt URI>]   imports an image and boots it
 npm run quickstart -- --destroy                         removes all that it made
 
-image: an OVA, OVF, VMDK, qcow2, VHD, VHDX, VDI or raw disk; default: a small guest, made here, that proves what it booted from
+image: an OVA, OVF, VMDK, qcow2, VHD, VHDX, VDI or raw disk, also in gz, xz, zst or zip; default: a small guest, made here, that proves what it booted from
 --host: such as qemu+ssh://root@kvm1/system; default: this machine's libvirt`;
 
-/** Declared, so that the guest can be asked for it. */
+/** Declared, so that the proof guest can be asked for it. */
 const MAC = "52:54:00:76:6c:01";
 /** Of an emulated CPU on a busy machine; with KVM it takes two seconds. */
 const PROOF_TIMEOUT_MS = 240_000;
@@ -76,7 +76,7 @@ async function main(rest: readonly string[], open: Hosts): Promise<number> {
     source: image ?? proof?.path ?? "",
     pool: POOL_NAME,
     name: `virtlift-${stack}`,
-    networks: JSON.stringify([{ type: "user", mac: MAC }]),
+    networks: JSON.stringify([{ type: "user", ...(proof && { mac: MAC }) }]),
     memoryMiB: proof === undefined ? "2048" : "256",
     ...(domainType === undefined ? {} : { domainType }),
   });
@@ -149,11 +149,20 @@ async function showConsole(host: Host, outputs: Outputs): Promise<number> {
   const text = await followConsole(host, outputs.serialLog, {
     timeoutMs: CONSOLE_TIMEOUT_MS,
     isEnough: (console) => console.includes("login:"),
+    isOver: async () => !(await isRunning(host, outputs.name)),
     onLine: (line) => say(`│ ${line}`),
   });
   if (text.trim() === "") say("the guest wrote nothing to its serial port: look at it with virt-viewer, or virsh screenshot");
-  say(`\nThe machine is ${outputs.name}, on ${outputs.path}. It all goes away again with: npm run quickstart -- --destroy`);
+  const runs = (await isRunning(host, outputs.name)) ? "runs" : "has powered itself off";
+  say(`\nThe machine ${outputs.name} ${runs}; its disk is ${outputs.path} on ${host.label}.`);
+  say(`Its console: virsh --connect ${host.spec.uri} console ${outputs.name}`);
+  say(`It all goes away again with: npm run quickstart -- --destroy`);
   return 0;
+}
+
+async function isRunning(host: Host, name: string): Promise<boolean> {
+  const libvirt = await host.libvirt();
+  return libvirt.domainIsActive(await libvirt.domainLookupByName(name));
 }
 
 /** Every stack with its machine and disk, every pool, and the folder of the state. */
@@ -189,6 +198,6 @@ async function destroy(open: Hosts): Promise<number> {
   await rm(Stacks.directory(), { recursive: true });
   // ENOTEMPTY: somebody else keeps something beside it.
   await rmdir(dirname(Stacks.directory())).catch(() => undefined);
-  say("✓ all that the quickstart made is gone; its cache, and packages that it installed, stay");
+  say("✓ all that the quickstart made is gone; its cache, packages that it installed, daemons that it started and their logs stay");
   return 0;
 }

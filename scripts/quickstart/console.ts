@@ -7,20 +7,27 @@ const POLL_MS = 300;
 const MAX_LOG_BYTES = 1024 * 1024;
 
 /**
- * Calls `onLine` with each line as it comes, control sequences taken out, until `isEnough` says so of the whole text, or the time is over.
+ * Calls `onLine` with each line as it comes, control sequences taken out, until `isEnough` says so of the whole text, `isOver` says that
+ * nothing more comes, or the time is over.
  * Gives the whole text, of which the first MiB is read. Throws CommandError when the host does not let this user read the file.
  */
 export async function followConsole(
   host: Host,
   path: string,
-  options: { readonly timeoutMs: number; readonly isEnough: (text: string) => boolean; readonly onLine: (line: string) => void },
+  options: {
+    readonly timeoutMs: number;
+    readonly isEnough: (text: string) => boolean;
+    readonly isOver?: () => Promise<boolean>;
+    readonly onLine: (line: string) => void;
+  },
 ): Promise<string> {
   const deadline = performance.now() + options.timeoutMs;
   let shown = 0;
   for (;;) {
+    const isOver = (await options.isOver?.()) ?? false;
     const { stdout } = await host.run(["head", "-c", String(MAX_LOG_BYTES), path]);
     const text = stripVTControlCharacters(stdout.toString("utf8")).replaceAll("\r", "");
-    const isLast = options.isEnough(text) || performance.now() > deadline;
+    const isLast = isOver || options.isEnough(text) || performance.now() > deadline;
     const lines = text.split("\n");
     const whole = isLast ? lines : lines.slice(0, -1);
     for (const line of whole.slice(shown)) if (line.trim() !== "") options.onLine(line);

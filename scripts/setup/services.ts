@@ -1,5 +1,7 @@
 /** Finds the libvirt of this machine, and starts it where it does not run and we may. */
+import { once } from "node:events";
 import { chmod, mkdir } from "node:fs/promises";
+import { createConnection } from "node:net";
 import { join } from "node:path";
 import { getuid } from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -14,6 +16,8 @@ const SESSION_URI = "qemu:///session";
 /** What `prepareLibvirt` may answer with. */
 export const LOCAL_URIS = [SYSTEM_URI, SESSION_URI] as const;
 const START_TIMEOUT_MS = 30_000;
+/** Is there where systemd is in charge. Source: sd_booted(3). */
+const SYSTEMD = "/run/systemd/system";
 
 /**
  * The URI of a libvirt that answers: the system's where this user may use it, else the user's own session.
@@ -24,7 +28,10 @@ export async function prepareLibvirt(hosts: Hosts, acceleration: "kvm" | "qemu" 
   return step("libvirt", async (note) => {
     const refusal = await refusalOf(hosts, SYSTEM_URI);
     if (refusal === undefined) {
-      note(`${SYSTEM_URI}, runs already`);
+      // Without it no machine starts, and where no systemd is in charge nobody brings it back.
+      const isOurs = getuid?.() === 0 && !(await exists(SYSTEMD));
+      const started = isOurs && (await startLogger(note));
+      note(`${SYSTEM_URI}, runs already${started ? "; virtlogd did not, and was started" : ""}`);
       return SYSTEM_URI;
     }
     if (getuid?.() === 0) {
@@ -60,23 +67,41 @@ async function waitFor(hosts: Hosts, uri: string): Promise<void> {
   }
 }
 
-/** By systemd where that is in charge (sd_booted(3)), else as daemons of their own: libvirtd wants the system's bus and, for consoles, virtlogd. */
+/** Starts virtlogd, which keeps what machines write to their consoles, where it does not answer. Gives whether it had to. */
+async function startLogger(note: Note): Promise<boolean> {
+  if (await answers("/run/libvirt/virtlogd-sock")) return false;
+  note("virtlogd");
+  await runCommand(["virtlogd", "--daemon"]);
+  return true;
+}
+
+/** Whether somebody listens: a daemon that was killed leaves its socket behind. */
+async function answers(path: string): Promise<boolean> {
+  const socket = createConnection(path);
+  try {
+    await once(socket, "connect");
+    return true;
+  } catch {
+    return false;
+  } finally {
+    socket.destroy();
+  }
+}
+
+/** By systemd where that is in charge, else as daemons of their own: libvirtd wants the system's bus and, for consoles, virtlogd. */
 async function startDaemons(note: Note, hideKvm: boolean): Promise<void> {
-  if (await exists("/run/systemd/system")) {
+  if (await exists(SYSTEMD)) {
     note("systemctl start libvirtd");
     await runCommand(["systemctl", "start", "libvirtd"]);
     return;
   }
-  if (!(await exists("/run/dbus/system_bus_socket"))) {
+  if (!(await answers("/run/dbus/system_bus_socket"))) {
     note("dbus-daemon");
     await mkdir("/run/dbus", { recursive: true });
     await chmod("/run/dbus", 0o755);
     await runCommand(["dbus-daemon", "--system", "--fork"]);
   }
-  if (!(await exists("/run/libvirt/virtlogd-sock"))) {
-    note("virtlogd");
-    await runCommand(["virtlogd", "--daemon"]);
-  }
+  await startLogger(note);
   note("libvirtd");
   if (!hideKvm || !(await exists("/dev/kvm"))) {
     await runCommand(["libvirtd", "--daemon"]);
