@@ -9,6 +9,7 @@ import {
   removeUnfinishedUpload,
   type UnfinishedUpload,
 } from "../transfer/leftovers.ts";
+import { machinesReaching } from "./file-users.ts";
 import { importPools } from "./pool.ts";
 import { domainsUsing, volumesBackedBy } from "./usage.ts";
 
@@ -41,7 +42,7 @@ async function find(host: Host, silenceMs: number | undefined): Promise<readonly
   const libvirt = await host.libvirt();
   const found: Found[] = [];
   for (const { name: pool, path, isBlock } of await importPools(host)) {
-    for (const part of isBlock ? [] : await listParts(host, path)) {
+    for (const part of isBlock ? [] : await orNone(listLeftovers(host, path))) {
       found.push({ leftover: { ...part, pool }, remove: () => removeLeftover(host, part).then(() => true) });
     }
     for (const upload of await listUnfinishedUploads(libvirt, pool, silenceMs)) {
@@ -52,22 +53,23 @@ async function find(host: Host, silenceMs: number | undefined): Promise<readonly
   return found;
 }
 
-/** None where the host gives no shell: what came there came by libvirt. */
-async function listParts(host: Host, folder: string): Promise<readonly Leftover[]> {
-  try {
-    return await listLeftovers(host, folder);
-  } catch (error) {
-    if (error instanceof CommandError || (error instanceof ConnectionError && error.phase === "login")) return [];
-    throw error;
-  }
-}
-
 async function removeUpload(host: Host, upload: UnfinishedUpload): Promise<boolean> {
   return !(await isUsed(host, upload)) && removeUnfinishedUpload(await host.libvirt(), upload);
 }
 
-/** Whether a machine or another volume has it: then it is a disk whose guest wrote what looks like our mark. */
+/** Whether a machine, by whatever name, or another volume has it: then it is a disk whose guest wrote what looks like our mark. */
 async function isUsed(host: Host, { path }: UnfinishedUpload): Promise<boolean> {
   const libvirt = await host.libvirt();
-  return (await domainsUsing(libvirt, path)).length > 0 || (await volumesBackedBy(libvirt, path)).length > 0;
+  const users = [await domainsUsing(libvirt, path), await volumesBackedBy(libvirt, path), await orNone(machinesReaching(host, path))];
+  return users.some((each) => each.length > 0);
+}
+
+/** None where the host gives no shell: what came there came by libvirt, and nothing but libvirt can be asked. */
+async function orNone<T>(asked: Promise<readonly T[]>): Promise<readonly T[]> {
+  try {
+    return await asked;
+  } catch (error) {
+    if (error instanceof CommandError || (error instanceof ConnectionError && error.phase === "login")) return [];
+    throw error;
+  }
 }

@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { appendFileSync } from "node:fs";
-import { appendFile, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { appendFile, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
@@ -225,6 +225,24 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk goes through libvirt's
     expect(kept).toEqual(["base.raw", "guest.raw", "other.raw", "top.qcow2"]);
     await forced.virsh("undefine", "guest");
     for (const name of kept) await rm(join(forced.poolPath, name));
+  });
+
+  it("is left over only where no machine has it, by whatever name", async () => {
+    await using caller = await openCaller({ uri: libvirtd.uri });
+    const host = caller.context.hosts.open({ uri: libvirtd.uri });
+    const finalPath = join(libvirtd.poolPath, "guest.raw");
+    await writeFile(finalPath, Buffer.concat([encodeMark({ importId: "guest", writer: "one" }), Buffer.alloc(65_536)]));
+    const name = caller.path("by-another-name");
+    await symlink(finalPath, name);
+    const xml = `<domain type="qemu"><name>linked</name><memory>1024</memory><os><type arch="x86_64">hvm</type></os><devices>
+      <disk type="file"><source file="${name}"/><target dev="sda" bus="sata"/></disk></devices></domain>`;
+    await writeFile(caller.path("linked.xml"), xml);
+    await libvirtd.virsh("define", caller.path("linked.xml"));
+    expect(await findLeftovers(host, 0)).toEqual([]);
+    expect(await clearLeftovers(host, 0)).toEqual([]);
+    await libvirtd.virsh("undefine", "linked");
+    expect(await clearLeftovers(host, 0)).toMatchObject([{ id: "guest", path: finalPath }]);
+    expect(await readdir(libvirtd.poolPath)).toEqual([]);
   });
 
   it("is refused in preview when it is too large for its pool", async () => {
