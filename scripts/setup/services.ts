@@ -99,7 +99,8 @@ async function startDaemons(note: Note, hideKvm: boolean): Promise<void> {
     note("dbus-daemon");
     await mkdir("/run/dbus", { recursive: true });
     await chmod("/run/dbus", 0o755);
-    await runCommand(["dbus-daemon", "--system", "--fork"]);
+    // One that was killed leaves its pid file, by which a new one would not start.
+    await runCommand(["dbus-daemon", "--system", "--fork", "--nopidfile"]);
   }
   await startLogger(note);
   note("libvirtd");
