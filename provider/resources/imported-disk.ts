@@ -30,7 +30,7 @@ import { ARGUMENT_RULES, HOST_RULES } from "./preflight/argument-rules.ts";
 import { DISK_CHANGE_RULES, type DiskChange } from "./preflight/change-rules.ts";
 import { deploymentOf } from "./preflight/deployment.ts";
 import { declaredDisk, type DiskFacts, gatherDisk, wireBytes } from "./preflight/disk-facts.ts";
-import { describeCopy, DISK_RULES } from "./preflight/disk-rules.ts";
+import { describeCopy, DISK_RULES, takenRefusal } from "./preflight/disk-rules.ts";
 import { changing, factsOf } from "./preflight/host-facts.ts";
 import { conclude, judgeTrouble, settingsOf, type Subject, tell } from "./preflight/preflight.ts";
 import { judge } from "./preflight/rule.ts";
@@ -160,7 +160,7 @@ async function check(context: Context, olds: DiskInputs | undefined, declared: u
     const facts = await gatherDisk(host, inputs, deployment, sourceSettings(context));
     deployment.declareDisk(declaredDisk(facts));
     // Published by an earlier run that did not live to say so: nothing is read or copied any more.
-    const isFinished = isFinishedBy(importId, facts.place.file) && facts.users.length === 0;
+    const isFinished = isFinishedBy(inputs, facts.place.file) && facts.users.length === 0;
     const judgements = [...refused, ...(isFinished ? [] : judge(DISK_RULES, facts, settings))];
     const found = [...unset, ...conclude(context, subjectOf(inputs), judgements)];
     if (found.length === 0 && !isFinished) await tellPlan(context, host, facts);
@@ -266,11 +266,14 @@ type Outputs = Omit<DiskState, keyof DiskInputs | keyof Home>;
 
 async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): Promise<Outputs> {
   const { file, pool, uploadReason, partBytes, mountPoint } = await lookAtPlace(host, inputs);
-  const finished = isFinishedBy(inputs.importId, file) ? outputsOf(file.stamp, file) : undefined;
+  const finished = isFinishedBy(inputs, file) ? outputsOf(file.stamp, file) : undefined;
   if (finished) {
     if (uploadReason === undefined && partBytes > 0) await removeLeftover(host, { id: inputs.importId, path: partPath(inputs) });
     context.log("info", `${inputs.diskId}: ${inputs.path} on ${host.label} was finished by an earlier run`);
     return { ...finished, mountPoint };
+  }
+  if (file?.stamp?.importId === inputs.importId && !isAdopted(inputs.source)) {
+    throw new DiskError(takenRefusal(inputs, host.label, file), { step: "publish", path: inputs.path });
   }
   const startedMs = performance.now();
   const refusal = refusalWithoutPrograms(host, inputs, uploadReason);
@@ -320,12 +323,21 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
   };
 }
 
+/** How long after its import a disk that no state knows is still taken for that of an engine which was killed before it kept the answer. */
+const TAKEOVER_SECONDS = 15 * 60;
+
 /**
- * Whether a file is what an earlier run of this import published and did not live to say so. One that was written since has a machine, which may be
- * that of another stack by the same names: it is somebody's, and is not taken.
+ * Whether a file is what an earlier run of this import published and did not live to say so. One that was written since, or is older, is that of another
+ * state by the same names, such as another checkout's, or of one that was lost: it is somebody's, and is not taken unless it is to be adopted.
  */
-function isFinishedBy(importId: string, file: VolumeFile | undefined): file is VolumeFile & { readonly stamp: Stamp } {
-  return file?.stamp?.importId === importId && file.untouched !== false;
+function isFinishedBy(
+  { importId, source }: Pick<DiskInputs, "importId" | "source">,
+  file: VolumeFile | undefined,
+): file is VolumeFile & { readonly stamp: Stamp } {
+  if (file?.stamp?.importId !== importId || file.untouched === false) return false;
+  const importedAt = Number(file.stamp["importedAt"]);
+  // The time is this machine's own but where only libvirt could be asked.
+  return isAdopted(source) || Math.abs(Date.now() / 1000 - importedAt) < TAKEOVER_SECONDS;
 }
 
 function partPath({ path, importId }: DiskInputs): string {

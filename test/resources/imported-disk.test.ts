@@ -4,7 +4,7 @@ import { appendFile, link, mkdir, readdir, readFile, rm, symlink, writeFile } fr
 import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { ConnectionError } from "../../provider/errors.ts";
 import { createHosts } from "../../provider/host/open.ts";
 import { DISK_CHANGES, type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
@@ -239,6 +239,31 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
         expect(second).toEqual(first);
         expect(caller.lines).toContainEqual(expect.stringContaining("was finished by an earlier run"));
         await importedDisk.delete(caller.context, second.diskId, second);
+      }
+      expect(await readdir(libvirtd.poolPath)).toEqual([]);
+    });
+
+    it("is not taken by another checkout of the same stack, unless that adopts it", async () => {
+      await using caller = await open();
+      const refused = async (format: "qcow2" | "raw"): Promise<DiskState> => {
+        const { inputs } = await caller.check("web", { format });
+        const { state } = await importedDisk.create(caller.context, inputs);
+        vi.useFakeTimers({ toFake: ["Date"], now: Date.now() + 16 * 60 * 1000 });
+        const { failures } = await caller.check("web", { format });
+        const reason = `${state.path} exists on this machine and is not overwritten, since it was imported for a disk of this name that this stack's state does not know: take it over by \`source: { hostPath: "${state.path}", mode: "adopt" }\``;
+        expect(failures).toEqual([{ property: "name", reason: expect.stringContaining(reason) }]);
+        await expect(importedDisk.create(caller.context, inputs)).rejects.toThrow(reason);
+        return state;
+      };
+      try {
+        const raw = await refused("raw");
+        await importedDisk.delete(caller.context, raw.diskId, raw);
+        const { path, virtualSizeBytes } = await refused("qcow2");
+        const adopted = await caller.create("web", { source: { hostPath: path, mode: "adopt" }, onDelete: "delete" });
+        expect(adopted).toMatchObject({ path, virtualSizeBytes });
+        await importedDisk.delete(caller.context, adopted.diskId, adopted);
+      } finally {
+        vi.useRealTimers();
       }
       expect(await readdir(libvirtd.poolPath)).toEqual([]);
     });

@@ -3,6 +3,8 @@ import { DiskError } from "../../errors.ts";
 import type { OvfPackage, PackagedDisk } from "../../image/ova.ts";
 import { quoted } from "../../image/words.ts";
 import { formatBytes, formatSeconds } from "../../transfer/progress.ts";
+import type { VolumeFile } from "../../transfer/probe.ts";
+import type { DiskInputs } from "../imported-disk.ts";
 import { capacityOf, type DiskFacts, neededBytes } from "./disk-facts.ts";
 import type { Finding, Rule } from "./rule.ts";
 import type { SourceFacts } from "./source-facts.ts";
@@ -58,16 +60,9 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     id: "virtlift/volume-taken",
     level: "block",
     summary: "A volume of this name is in the pool, and it is not this disk.",
-    remedy: "Choose another `name`, or remove the volume. Nothing is ever overwritten.",
-    test: ({ inputs, host, place }) =>
-      place.file
-        ? [
-            {
-              property: "name",
-              sentence: `${inputs.path} exists on ${host.label} and is not overwritten: choose another \`name\`, or remove it`,
-            },
-          ]
-        : [],
+    remedy:
+      'Choose another `name`, or remove the volume. One that was imported for this disk by another checkout, or by a state that was lost, can be taken over by `source: { hostPath: "...", mode: "adopt" }`. Nothing is ever overwritten.',
+    test: ({ inputs, host, place }) => (place.file ? [{ property: "name", sentence: takenRefusal(inputs, host.label, place.file) }] : []),
   },
   {
     id: "virtlift/volume-twice",
@@ -426,4 +421,11 @@ export function describeCopy(
   }
   if ("url" in inputs.source && inputs.source.fetch === "host") return `${from}, fetched by ${host.label} itself, nothing to send`;
   return `${from}, about ${formatBytes(wireBytes)} to send, about ${formatSeconds(seconds)} (at ${formatBytes(bytesPerSecond)}/s, ${basis})`;
+}
+
+/** Why a disk is not imported to a path where a file is. */
+export function takenRefusal({ path, importId }: Pick<DiskInputs, "path" | "importId">, host: string, { stamp }: VolumeFile): string {
+  const taken = `${path} exists on ${host} and is not overwritten`;
+  if (stamp?.importId !== importId) return `${taken}: choose another \`name\`, or remove it`;
+  return `${taken}, since it was imported for a disk of this name that this stack's state does not know: take it over by \`source: { hostPath: "${path}", mode: "adopt" }\`, choose another \`name\`, or remove it`;
 }
