@@ -1,6 +1,5 @@
 /** Drives a batch: previews its machines together, moves them in waves within the limits, tries again what may pass, and keeps the journal. */
 import { randomUUID } from "node:crypto";
-import { readFileSync } from "node:fs";
 import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { dirname, join, resolve } from "node:path";
@@ -19,7 +18,7 @@ import type { Job, Operation, Outcome, Step, WorkerEvent } from "./job.ts";
 import { Journal, type JournalRecord, type Made, type MachineStanding, type MachineState, readJournal, standingOf } from "./journal.ts";
 import { hasRoom } from "./limits.ts";
 import { isGone } from "./locks.ts";
-import { type BatchMachine, type Manifest, parseManifest } from "./manifest.ts";
+import { type BatchMachine, type Manifest, readManifest } from "./manifest.ts";
 import { type BatchPlan, type Finding, planBatch, type Previewed } from "./plan.ts";
 import { readSecret } from "./secrets.ts";
 import { Workers } from "./workers.ts";
@@ -72,7 +71,7 @@ export function readBatch(manifestPath: string): {
   readonly statuses: readonly MachineStatus[];
 } {
   const path = resolve(manifestPath);
-  const manifest = parseManifest(readFileSync(path, "utf8"), path);
+  const manifest = readManifest(path);
   const folder = join(dirname(path), ".virtlift");
   const records = readJournal(join(folder, "journal.ndjson"));
   const owner = batchOwner(join(folder, "lock"));
@@ -87,7 +86,7 @@ export function readBatch(manifestPath: string): {
  */
 export async function openBatch(manifestPath: string, options: BatchOptions = {}): Promise<Batch> {
   const path = resolve(manifestPath);
-  const manifest = parseManifest(await readFile(path, "utf8"), path);
+  const manifest = readManifest(path);
   const environment = options.environment ?? process.env;
   await using stack = new AsyncDisposableStack();
   const folder = await openStateFolder(dirname(path));

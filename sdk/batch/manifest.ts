@@ -1,6 +1,7 @@
 /** The manifest of a batch: its shape, its defaults, and what is wrong with one, by line. */
+import { readFileSync } from "node:fs";
 import { basename, dirname, extname } from "node:path";
-import { type Document, isMap, isPair, isScalar, LineCounter, type Node, parseDocument } from "yaml";
+import { type Document, isMap, isPair, isScalar, LineCounter, type Node, parseDocument, visit } from "yaml";
 import { z } from "zod";
 import { loadProvider } from "../provider.ts";
 import type { DeclaredHost, MachineDeclaration } from "./job.ts";
@@ -71,7 +72,13 @@ const shared = {
 
 const MachineSchema = z.strictObject({
   source: z
-    .looseObject({})
+    .looseObject(
+      {},
+      {
+        error:
+          "say where the machine comes from: { ova: path }, { vmx: path }, or { file: path } and other sources of a machine of one disk",
+      },
+    )
     .describe(
       "Where the machine comes from: { ova: path } of an OVA or OVF, { vmx: path } of a VMX beside its VMDKs, or a source of ImportedDisk for a machine of one disk. Relative to the manifest.",
     ),
@@ -168,15 +175,29 @@ export interface ManifestFinding {
   readonly text: string;
 }
 
-/** The manifest is wrong. The message has a line for each finding: `<path>:<line>:<column>: <what, and the remedy>`. */
+/** The manifest is wrong, or not to be read. The message has a line for each finding: `<path>:<line>:<column>: <what, and the remedy>`. */
 export class ManifestError extends Error {
   override readonly name = "ManifestError";
   readonly findings: readonly ManifestFinding[];
 
-  constructor(path: string, findings: readonly ManifestFinding[]) {
-    super(findings.map(({ line, column, text }) => `${path}:${line}:${column}: ${text}`).join("\n"));
+  /** `problem` where there is no text that a finding could be in. */
+  constructor(path: string, findings: readonly ManifestFinding[], problem?: string) {
+    super(problem ?? findings.map(({ line, column, text }) => `${path}:${line}:${column}: ${text}`).join("\n"));
     this.findings = findings;
   }
+}
+
+/** Reads the manifest at a path. Throws ManifestError with everything that is wrong. */
+export function readManifest(path: string): Manifest {
+  let text: string;
+  try {
+    text = readFileSync(path, "utf8");
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    const isMissing = error instanceof Error && "code" in error && error.code === "ENOENT";
+    throw new ManifestError(path, [], isMissing ? `there is no manifest at ${path}` : `cannot read the manifest at ${path}: ${reason}`);
+  }
+  return parseManifest(text, path);
 }
 
 /** Reads a manifest's text; `path` is for messages and defaults. Throws ManifestError with everything that is wrong. */
@@ -192,7 +213,9 @@ export function parseManifest(text: string, path: string): Manifest {
   if (document.errors.length > 0)
     throw new ManifestError(
       path,
-      document.errors.map(({ pos, message }) => at(pos[0], message)),
+      document.errors.map(({ pos, code, message }) =>
+        at(pos[0], (code === "DUPLICATE_KEY" ? duplicateSentence(document, pos[0], lines) : undefined) ?? message),
+      ),
     );
   const parsed = ManifestSchema.safeParse(valuesOf(document, path));
   if (!parsed.success)
@@ -205,6 +228,22 @@ export function parseManifest(text: string, path: string): Manifest {
   );
   if (findings.length > 0) throw new ManifestError(path, findings);
   return resolve(parsed.data, path);
+}
+
+/** Of the key that begins at the offset; undefined where no other of its map is equal to it. */
+function duplicateSentence(document: Document, offset: number, lines: LineCounter): string | undefined {
+  let sentence: string | undefined;
+  visit(document, {
+    Map(_, { items }) {
+      const keys = items.map(({ key }) => key).filter(isScalar);
+      const second = keys.find(({ range }) => range?.[0] === offset);
+      const first = keys.find((key) => key.value === second?.value);
+      if (second === undefined || !first?.range || first === second) return undefined;
+      sentence = `the key ${String(second.value)} is there already, in line ${lines.linePos(first.range[0]).line}: remove one of them or give it another name`;
+      return visit.BREAK;
+    },
+  });
+  return sentence;
 }
 
 function valuesOf(document: Document, path: string): unknown {
@@ -270,19 +309,29 @@ interface KeyedFinding {
   readonly text: string;
 }
 
-/** What no `ImportedDisk` and no `VirtualMachine` takes, in the defaults and in each machine. */
+/** Of the arguments of a machine those that the manifest has keys of its own for. */
+const KEYS_BESIDE: ReadonlyMap<string, string> = new Map([
+  ["name", "a machine's name is the key `name` beside `machine`"],
+  ["host", "a machine's host is the key `host` beside `machine`"],
+  ["importedDisk", "what a machine boots from is the key `source` beside `machine`"],
+  ["image", "what a machine boots from is the key `source` beside `machine`"],
+]);
+
+/** What no source is, and what no `ImportedDisk` and no `VirtualMachine` takes, in the defaults and in each machine. */
 function argumentFindings({ machines, defaults = {} }: Declared): readonly KeyedFinding[] {
   const { argumentProblems } = loadProvider();
   const problems = (resource: Parameters<typeof argumentProblems>[0], given: unknown, place: Keys, skipped = 0): readonly KeyedFinding[] =>
-    argumentProblems(resource, given).map(({ path, message }) => {
-      const keys = [...place, ...path.slice(skipped)];
-      return { keys, text: `${keys.map(String).join(".")}: ${message}` };
-    });
-  return [
+    argumentProblems(resource, given).map(({ path, message }) => keyedFinding([...place, ...path.slice(skipped)], message));
+  const sources = Object.entries(machines).flatMap(([name, { source }]) => problems("MachineSource", source, ["machines", name, "source"]));
+  const machineProblems = (machine: Readonly<Record<string, unknown>>, place: Keys): readonly KeyedFinding[] => [
+    ...[...KEYS_BESIDE].flatMap(([key, sentence]) => (Object.hasOwn(machine, key) ? [keyedFinding([...place, key], sentence)] : [])),
+    ...problems("VirtualMachine", Object.fromEntries(Object.entries(machine).filter(([key]) => !KEYS_BESIDE.has(key))), place),
+  ];
+  const others = [
     [["defaults"], defaults] as const,
     ...Object.entries(machines).map(([name, each]) => [["machines", name], each] as const),
   ].flatMap(([place, { machine = {}, disks = {}, networks = {} }]) => [
-    ...problems("VirtualMachine", machine, [...place, "machine"]),
+    ...machineProblems(machine, [...place, "machine"]),
     ...Object.entries(disks).flatMap(([key, disk]) => (disk === false ? [] : problems("ImportedDisk", disk, [...place, "disks", key]))),
     ...Object.entries(networks).flatMap(([key, target]) =>
       // A network's name needs no look, nor does an interface that is left out.
@@ -291,6 +340,11 @@ function argumentFindings({ machines, defaults = {} }: Declared): readonly Keyed
         : problems("VirtualMachine", { networks: [target] }, [...place, "networks", key], 2),
     ),
   ]);
+  return [...sources, ...others];
+}
+
+function keyedFinding(keys: Keys, message: string): KeyedFinding {
+  return { keys, text: `${keys.map(String).join(".")}: ${message}` };
 }
 
 /** What names something that is not there, and orders that cannot be kept. */

@@ -1,7 +1,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { manifestJsonSchema, parseManifest } from "../../sdk/batch/manifest.ts";
+import { manifestJsonSchema, parseManifest, readManifest } from "../../sdk/batch/manifest.ts";
 
 const MINIMAL = "machines:\n  web:\n    source: { ova: web.ova }\n    host: qemu:///system\n";
 
@@ -82,6 +82,43 @@ test.for([
     `${MINIMAL}    machine:\n      disks:\n        - { size: 1GiB }\n`,
     "/m.yaml:7:11: machines.web.machine.disks.0: a blank disk has a `size` and a `name`",
   ],
+  [
+    `${MINIMAL}    machine:\n      name: foo\n`,
+    "/m.yaml:6:7: machines.web.machine.name: a machine's name is the key `name` beside `machine`",
+  ],
+  [
+    `defaults:\n  machine: { name: foo }\n${MINIMAL}`,
+    "/m.yaml:2:14: defaults.machine.name: a machine's name is the key `name` beside `machine`",
+  ],
+  [
+    `${MINIMAL}    machine: { host: 'qemu:///system' }\n`,
+    "/m.yaml:5:16: machines.web.machine.host: a machine's host is the key `host` beside",
+  ],
+  [
+    `${MINIMAL}  web:\n    source: { ova: a }\n`,
+    "/m.yaml:5:3: the key web is there already, in line 2: remove one of them or give it another name",
+  ],
+  ["machines:\n  web:\n    source: { ova: 5 }\n    host: test:///default\n", "/m.yaml:3:15: machines.web.source.ova: "],
+  [
+    "machines:\n  web:\n    source: { fiel: a }\n    host: test:///default\n",
+    "/m.yaml:3:15: machines.web.source.fiel: a source is exactly one of { ova }, { vmx }, { file }, { url }, { hostPath }, { volume }, got { fiel }",
+  ],
+  [
+    "machines:\n  web:\n    source: { ova: a, vmx: b }\n    host: test:///default\n",
+    "/m.yaml:3:5: machines.web.source: a source is exactly one of ",
+  ],
+  [
+    "machines:\n  web:\n    source: { ova: a, disk: 1 }\n    host: test:///default\n",
+    "/m.yaml:3:23: machines.web.source.disk: a machine has all disks of its package: leave one out by `disks` beside `source`",
+  ],
+  [
+    "machines:\n  web:\n    source: { file: a, disk: 1 }\n    host: test:///default\n",
+    "/m.yaml:3:24: machines.web.source.disk: it does not go with { file }: remove it or mend its name",
+  ],
+  [
+    "machines:\n  web:\n    source: web.ova\n    host: test:///default\n",
+    "/m.yaml:3:5: machines.web.source: say where the machine comes from: ",
+  ],
   [`defaults:\n  machine: { memoryMiB: 1 }\n${MINIMAL}`, "/m.yaml:2:14: defaults.machine.memoryMiB: "],
   [`${MINIMAL}    disks:\n      "0": { layout: thin }\n      "1": false\n`, "/m.yaml:6:14: machines.web.disks.0.layout: "],
   [`${MINIMAL}    networks: { a: default, b: false, "*": { typ: user } }\n`, "/m.yaml:5:46: machines.web.networks.*.typ: "],
@@ -99,6 +136,11 @@ test("tells everything that is wrong at once, and never a secret that was writte
     "hosts: { kvm1: { uri: 'qemu:///system', password: hunter2 } }\nmachines:\n  web: { source: { ova: a }, host: kvm1, wave: 0 }\n";
   expect(() => parseManifest(text, "/m.yaml")).toThrow(/:1:\d+: .*\n.*:3:\d+: /);
   expect(() => parseManifest(text, "/m.yaml")).not.toThrow("hunter2");
+});
+
+test("says in one sentence that there is no manifest, or none that can be read", () => {
+  expect(() => readManifest("/there/is/none.yaml")).toThrow(/^there is no manifest at \/there\/is\/none\.yaml$/);
+  expect(() => readManifest("/")).toThrow("cannot read the manifest at /: EISDIR");
 });
 
 test("refuses an alias bomb and a manifest that is too large", () => {
