@@ -164,6 +164,11 @@ export class Libvirt implements AsyncDisposable {
     return this.#call("ConnectGetCapabilities");
   }
 
+  /** What the hypervisor would be started with, for one of its formats, such as `qemu-argv`. The definition is checked as by a define, and nothing changes. */
+  connectDomainXMLToNative(nativeFormat: string, domainXml: string, flags = 0): Promise<string> {
+    return this.#call("ConnectDomainXMLToNative", nativeFormat, domainXml, flags);
+  }
+
   /** XML. What is left out is the host's default. */
   connectGetDomainCapabilities(emulatorbin?: string, arch?: string, machine?: string, virttype?: string, flags = 0): Promise<string> {
     return this.#call("ConnectGetDomainCapabilities", emulatorbin, arch, machine, virttype, flags);

@@ -414,6 +414,7 @@ const ROWS = {
   ConnectGetHostname: remote(59, [], string),
   ConnectGetUri: remote(110, [], string),
   ConnectGetCapabilities: remote(7, [], string),
+  ConnectDomainXMLToNative: remote(136, [string, string, uint32], string),
   ConnectGetDomainCapabilities: remote(342, [optionalString, optionalString, optionalString, optionalString, uint32], string),
   ConnectCompareCPU: remote(158, [string, uint32], int32),
   ConnectCompareHypervisorCPU: remote(393, [optionalString, optionalString, optionalString, optionalString, string, uint32], int32),

@@ -1,17 +1,18 @@
 /** Machines that are on the host already and are to become ours: found, taken as they are, and what will change is said. Changes nothing there. */
-import { isNotFound } from "../errors.ts";
+import { isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
+import type { Libvirt } from "../libvirt/client.ts";
 import { DOMAIN_XML } from "../libvirt/constants.ts";
 import type { OtherWords } from "../libvirt/domain-others.ts";
-import { type ObservedDomain, parseDomain, parseOtherWords } from "../libvirt/domain.ts";
+import { type ObservedDomain, parseDomain, parseOtherWords, parsePlacement, renderDomain } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { tell } from "./preflight/preflight.ts";
 import type { Context } from "./resource.ts";
-import { driftOf, propertiesOf } from "./virtual-machine-drift.ts";
+import { bootDiskOf, driftOf, propertiesOf } from "./virtual-machine-drift.ts";
 import { powerStateOf } from "./virtual-machine-guest.ts";
 import { PlacementError } from "./virtual-machine-host.ts";
 import type { VirtualMachineArgs } from "./virtual-machine-schema.ts";
-import { type MachineInputs, nameOf } from "./virtual-machine-spec.ts";
+import { definitionOf, domainSpec, type MachineInputs, nameOf } from "./virtual-machine-spec.ts";
 
 /** The properties that stay as they were found where the user says nothing of them. */
 export const ADOPTED = [
@@ -49,6 +50,8 @@ export const ADOPTED = [
 
 /** A machine that is to be adopted. */
 export interface Adopted {
+  /** As it is defined. */
+  readonly xml: string;
   readonly defined: ObservedDomain;
   /** What of it no property knows. */
   readonly others: OtherWords;
@@ -56,8 +59,8 @@ export interface Adopted {
   readonly inputs: MachineInputs;
 }
 
-/** Throws PlacementError when there is none, or it is somebody's. */
-export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineArgs): Promise<Adopted> {
+/** `given` are the properties that the user says. Throws PlacementError when there is none, it is somebody's, or it has a drive that no property can say. */
+export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineArgs, given: readonly string[]): Promise<Adopted> {
   const { uuid, name } = adopt!;
   const libvirt = await host.libvirt();
   let domain: Domain;
@@ -78,6 +81,13 @@ export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineA
       `the machine ${defined.name} on ${host.label} belongs to ${owner}: remove it from that program first`,
     );
   }
+  const drive = given.includes("disks") ? undefined : unsayableDrive(defined);
+  if (drive !== undefined) {
+    throw new PlacementError(
+      "adopt",
+      `the machine ${defined.name} on ${host.label} has ${drive}, which no disk of virtlift's can be: remove it there, or declare \`disks\` without it`,
+    );
+  }
   const found = {
     ...propertiesOf(defined),
     name: defined.name,
@@ -87,7 +97,41 @@ export async function findAdopted(host: Host, { adopt, origin }: VirtualMachineA
     powerState: await powerStateOf({ libvirt, domain }),
     autostart: await libvirt.domainGetAutostart(domain),
   };
-  return { defined, others: parseOtherWords(xml), inputs: found as unknown as MachineInputs };
+  return { xml, defined, others: parseOtherWords(xml), inputs: found as unknown as MachineInputs };
+}
+
+/** A drive besides the boot disk that is neither a disk nor a CD-ROM, or on a bus that our disks are never on. */
+function unsayableDrive(defined: ObservedDomain): string | undefined {
+  const bootDisk = bootDiskOf(defined);
+  const drive = defined.disks.find(
+    (disk) => disk !== bootDisk && (!["disk", "cdrom"].includes(disk.device) || !["virtio", "sata", "scsi", "ide"].includes(disk.bus)),
+  );
+  return drive && `a ${drive.device} ${drive.target} on ${drive.bus}`;
+}
+
+/**
+ * Throws PlacementError when libvirt refuses the definition that the machine is to get, and takes the one that it has: something of it does not fit what
+ * is declared. What libvirt refuses either way, or cannot tell, says nothing of the adoption.
+ */
+export async function assertAdoptable(host: Host, inputs: MachineInputs, { xml, defined }: Adopted): Promise<void> {
+  const libvirt = await host.libvirt();
+  const refusal = await refusalOf(libvirt, renderDomain(domainSpec(inputs, []), parsePlacement(xml, inputs.xmlPatches)));
+  if (refusal === undefined || (await refusalOf(libvirt, xml)) !== undefined) return;
+  throw new PlacementError(
+    "adopt",
+    `the machine ${defined.name} on ${host.label} has what cannot be kept beside the declared properties, as libvirt says (${refusal.message}): remove it there, or leave the properties out`,
+  );
+}
+
+/** Why libvirt would not define the machine; undefined when it would. Nothing is changed. */
+async function refusalOf(libvirt: Libvirt, xml: string): Promise<LibvirtError | undefined> {
+  try {
+    await libvirt.connectDomainXMLToNative("qemu-argv", xml);
+    return undefined;
+  } catch (error) {
+    if (!(error instanceof LibvirtError)) throw error;
+    return error;
+  }
 }
 
 /** Says what adoption changes of the machine as it is defined, a line for each property; what a running guest cannot take comes at its next start. */
@@ -99,9 +143,12 @@ export function tellAdoption(context: Context, inputs: MachineInputs, { defined,
   if (others.going.length > 0) {
     say(`adoption takes out of the definition, unless \`xmlPatches\` say it: ${others.going.join(", ")}`);
   }
-  for (const [property, value] of drift) {
-    say(
-      `adoption changes ${property} from ${JSON.stringify(value) ?? "none"} to ${JSON.stringify(inputs[property as keyof MachineInputs]) ?? "none"}`,
-    );
+  const defaulted = propertiesOf(definitionOf(domainSpec(inputs, [])));
+  for (const [name, value] of drift) {
+    const property = name as keyof MachineInputs;
+    const inWords = (each: unknown): string => JSON.stringify(each) ?? "none";
+    // A default that the property's words leave out is said.
+    const to = inWords(inputs[property]) === inWords(value) ? defaulted[property] : inputs[property];
+    say(`adoption changes ${property} from ${inWords(value)} to ${inWords(to)}`);
   }
 }

@@ -44,7 +44,7 @@ import {
   stopGuest,
   waitForGuest,
 } from "./virtual-machine-guest.ts";
-import { ADOPTED, type Adopted, findAdopted, tellAdoption } from "./virtual-machine-adopt.ts";
+import { ADOPTED, type Adopted, assertAdoptable, findAdopted, tellAdoption } from "./virtual-machine-adopt.ts";
 import { changesOf } from "./virtual-machine-changes.ts";
 import { driftOf } from "./virtual-machine-drift.ts";
 import { defaultDomainType, placeDisk, placeDiskRef, placeImage, PlacementError, placeSeed } from "./virtual-machine-host.ts";
@@ -113,7 +113,7 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
 
   let adopted: Adopted | undefined;
   try {
-    adopted = args.adopt && args.host && !olds ? await findAdopted(openHost(context, args.host), args) : undefined;
+    adopted = args.adopt && args.host && !olds ? await findAdopted(openHost(context, args.host), args, given) : undefined;
   } catch (error) {
     return { inputs: news as never, failures: conclude(context, { origin: args.origin, name: nameOf(args.origin) }, judgeTrouble(error)) };
   }
@@ -143,7 +143,10 @@ async function check(context: Context, olds: MachineInputs | undefined, declared
       { ...identified, host: args.host },
       adopted ? { ...adopted.inputs, host: args.host } : olds,
     );
-    if (adopted) tellAdoption(context, inputs, adopted);
+    if (adopted) {
+      await assertAdoptable(opened, inputs, adopted);
+      tellAdoption(context, inputs, adopted);
+    }
     return {
       inputs,
       failures: conclude(context, inputs, await judgeInputs(context, opened, inputs, { olds, settings, ownUuid: adopted?.inputs.uuid })),

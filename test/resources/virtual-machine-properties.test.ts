@@ -413,6 +413,91 @@ describe("patches", () => {
 });
 
 describe("adoption", () => {
+  /** What machines have that no property says: in the definition, among its devices, and how libvirt writes what is to be seen of it afterwards. */
+  const OTHERS: Readonly<Record<string, readonly [string, string, string]>> = {
+    timezone: ['<clock offset="timezone" timezone="Europe/Berlin"/>', "", "timezone='Europe/Berlin'"],
+    disk: [
+      "",
+      '<disk type="network" device="disk"><driver name="qemu" type="raw"/><source protocol="nbd" name="n"><host name="nbd.invalid" port="10809"/></source><target dev="vdb" bus="virtio"/></disk>',
+      "<host name='nbd.invalid' port='10809'/>",
+    ],
+    virtiofs: [
+      '<memoryBacking><source type="memfd"/><access mode="shared"/></memoryBacking>',
+      '<filesystem type="mount"><driver type="virtiofs"/><source dir="/srv"/><target dir="srv"/></filesystem>',
+      "<driver type='virtiofs'/>",
+    ],
+    shmem: ["", '<shmem name="seen"><model type="ivshmem-plain"/><size unit="M">4</size></shmem>', "<model type='ivshmem-plain'/>"],
+    iommu: [
+      '<features><acpi/><ioapic driver="qemu"/></features>',
+      '<iommu model="intel"><driver intremap="on"/></iommu>',
+      "<driver intremap='on'/>",
+    ],
+    redirdev: [
+      "",
+      '<controller type="usb" index="0" model="qemu-xhci"/><controller type="usb" index="1" model="qemu-xhci"/><redirdev bus="usb" type="tcp"><source mode="connect" host="localhost" service="4000"/><protocol type="raw"/><address type="usb" bus="1" port="1"/></redirdev>',
+      "<address type='usb' bus='1' port='1'/>",
+    ],
+    bridged: [
+      "",
+      '<controller type="pci" index="0" model="pcie-root"/><controller type="pci" index="1" model="pcie-root-port"/><controller type="pci" index="2" model="pcie-to-pci-bridge"/><interface type="user"><mac address="52:54:00:0a:0b:0d"/><model type="rtl8139"/><address type="pci" domain="0" bus="2" slot="1" function="0"/></interface>',
+      "bus='0x02' slot='0x01'",
+    ],
+  };
+  const FLOPPY = '<disk type="file" device="floppy"><source file="/a.img"/><target dev="fda" bus="fdc"/></disk>';
+
+  /** Defines a machine by the name, with such others, and gives what adopts it. */
+  async function defineOthers(libvirtd: Libvirtd, name: string, inDomain: string, inDevices: string) {
+    const path = await placeDisk(libvirtd, `${name}-root`);
+    const file = join(libvirtd.directory, `${name}.xml`);
+    await writeFile(
+      file,
+      `<domain type="qemu"><name>${name}</name><memory unit="MiB">64</memory><os><type arch="x86_64" machine="q35">hvm</type></os>${inDomain}
+        <devices><disk type="file" device="disk"><driver name="qemu" type="qcow2"/><source file="${path}"/><target dev="vda" bus="virtio"/></disk>
+        <graphics type="spice"/>${inDevices}</devices></domain>`,
+    );
+    await libvirtd.virsh("define", file);
+    const importedDisk = { diskId: `${name}-root`, path };
+    return { origin: `acme/shop/prod/${name}`, host: libvirtd.uri, importedDisk, adopt: { name } };
+  }
+
+  test("takes what no property says as it is", async ({ libvirtd, desk }) => {
+    for (const [name, [inDomain, inDevices, seen]] of Object.entries(OTHERS)) {
+      const inputs = await desk.checked(await defineOthers(libvirtd, name, inDomain, inDevices));
+      const { id, state } = await virtualMachine.create(desk.context, inputs);
+      expect(await libvirtd.virsh("dumpxml", name)).toContain(seen);
+      expect((await virtualMachine.read(desk.context, id, state))?.inputs).toEqual(inputs);
+      expect(desk.logged).toContain(
+        `info: ${name}: adoption changes graphics from {"type":"spice"} to {"type":"spice","listen":"127.0.0.1"}`,
+      );
+      await libvirtd.virsh("undefine", name);
+    }
+  });
+
+  test("stops in the preview at what cannot be kept", async ({ libvirtd, desk }) => {
+    const [inDomain, inDevices] = OTHERS["virtiofs"]!;
+    const shared = await defineOthers(libvirtd, "shared", inDomain, inDevices);
+    expect(await desk.failures({ ...shared, hugepages: "2MiB" })).toEqual([
+      {
+        property: "adopt",
+        reason: expect.stringMatching(
+          /^adopt: the machine shared on .* has what cannot be kept beside the declared properties, as libvirt says \(.*virtiofs.*shared memory.*\): remove it there/,
+        ),
+      },
+    ]);
+    const drives = await defineOthers(libvirtd, "drives", "", FLOPPY);
+    expect(await desk.failures(drives)).toEqual([
+      {
+        property: "adopt",
+        reason: expect.stringMatching(
+          /^adopt: the machine drives on .* has a floppy fda on fdc, which no disk of virtlift's can be: remove it/,
+        ),
+      },
+    ]);
+    await virtualMachine.create(desk.context, await desk.checked({ ...drives, disks: [] }));
+    expect(await libvirtd.virsh("dumpxml", "drives")).not.toContain("fda");
+    for (const name of ["shared", "drives"]) await libvirtd.virsh("undefine", name);
+  });
+
   test("takes over a running machine without a restart, says first what will change, and keeps what nobody declared", async ({
     libvirtd,
     desk,
