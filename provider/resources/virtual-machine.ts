@@ -80,7 +80,7 @@ export interface MachineState extends Omit<MachineInputs, "powerState">, Home {
   readonly restartPending: boolean;
   /** Whether it showed all that `waitFor` asks for since virtlift started it. */
   readonly ready: boolean;
-  /** Absolute paths of the volumes that were made for the machine, also of blank disks that it no longer has. They are deleted with it. */
+  /** Absolute paths of the volumes made for the machine, also of blank disks that it no longer has. Those that its definition names go with it. */
   readonly ownVolumes: readonly string[];
 }
 

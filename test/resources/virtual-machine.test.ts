@@ -371,7 +371,9 @@ describe("a machine's life", () => {
     expect(desk.logged.at(-1)).toContain("web-data.qcow2 is no longer a disk of the machine; it stays");
     expect((await virtualMachine.diff(context, id, updated, news)).changes).toEqual([]);
 
-    await virtualMachine.delete(context, id, updated);
+    const unnamed = "/default-pool/web-root.qcow2";
+    await virtualMachine.delete(context, id, { ...updated, ownVolumes: [...updated.ownVolumes, unnamed] });
+    expect(desk.logged.at(-1)).toContain(`${unnamed} on this machine stays: the machine's definition names it no more`);
     await expect(libvirt.domainLookupByName("web")).rejects.toThrow(LibvirtError);
     expect((await libvirt.storagePoolListAllVolumes(pool)).map(({ name }) => name)).toEqual(["web-root.qcow2"]);
     expect(await virtualMachine.read(context, id, updated)).toBeUndefined();
