@@ -12,11 +12,14 @@ import { benchPreview } from "./bench/preview.ts";
 import { LIBVIRT, preparePackages, SetupError, TESTS } from "./setup/packages.ts";
 import { say } from "./setup/steps.ts";
 
-const { values: options, positionals: wanted } = parseArgs({
-  args: argv.slice(2),
-  options: { quick: { type: "boolean", default: false }, rounds: { type: "string" }, machines: { type: "string", default: "50" } },
-  allowPositionals: true,
-});
+const USAGE = `npm run bench -- [section ...] [--quick] [--rounds <n>] [--machines <n>]   measures as root, and prints what was reached of what was aimed at
+
+section: copy, preview, batch; default: all of them
+--quick: a quarter of the data, one round, and nothing large
+--rounds: how often each contender runs; default 3
+--machines: how many a large batch has; default 50`;
+
+const { values: options, positionals: wanted } = parseOptions(argv.slice(2));
 const isQuick = options.quick;
 const rounds = Number(options.rounds ?? (isQuick ? 1 : 3));
 
@@ -26,6 +29,25 @@ const SECTIONS: Readonly<Record<string, () => Promise<void>>> = {
   preview: () => benchPreview(),
   batch: () => benchBatch({ isQuick, planned: Number(options.machines) }),
 };
+
+/** Ends the process where there is nothing to measure: asked for help, or for what there is not. */
+function parseOptions(args: readonly string[]) {
+  const known = {
+    quick: { type: "boolean", default: false },
+    rounds: { type: "string" },
+    machines: { type: "string", default: "50" },
+    help: { type: "boolean", short: "h" },
+  } as const;
+  try {
+    const parsed = parseArgs({ args: [...args], options: known, allowPositionals: true });
+    if (parsed.values.help !== true) return parsed;
+    say(USAGE);
+    exit(0);
+  } catch (error) {
+    say(`✗ ${error instanceof Error ? error.message : String(error)}\n${USAGE}`);
+    exit(1);
+  }
+}
 
 try {
   if (getuid?.() !== 0) throw new SetupError("the benchmark needs root: its hosts are private ones, in name spaces of their own");
