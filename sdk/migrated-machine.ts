@@ -52,7 +52,8 @@ export interface MigratedMachineArgs {
 
 /**
  * A machine as its package describes it: processors, memory, firmware, disks in the hardware's order, blank disks, network interfaces with their addresses.
- * What cannot come along is said in log lines. Throws Error when the package cannot be read, or a map names nothing that it holds.
+ * What cannot come along is said in log lines. What is wrong with the arguments is said in one sentence and without a stack: in preview as an error that
+ * lets the program go on, so that all machines are looked at; else, and where the package cannot be read, it throws pulumi.RunError.
  */
 export class MigratedMachine extends pulumi.ComponentResource {
   /** The machine over its disks. */
@@ -64,12 +65,13 @@ export class MigratedMachine extends pulumi.ComponentResource {
 
   constructor(name: string, args: MigratedMachineArgs, options?: pulumi.ComponentResourceOptions) {
     super(TYPE, name, {}, options);
-    const description = args.description ?? loadProvider().describeMachine(packagePath(args.source));
+    const description = args.description ?? describe(name, args.source);
     this.description = description;
     // Without an engine nobody reads them.
     if (hasEngine()) for (const note of description.notes) void pulumi.log.info(`${name}: ${note}`, this);
 
     const plan = planMachine(name, args, description);
+    this.#refuse(plan.problems);
     const isChecked = this.#check(name, args, plan);
     const imported = plan.disks.flatMap(({ disk, logicalName, args: own }) => {
       const source = diskSource(args.source, disk);
@@ -80,7 +82,7 @@ export class MigratedMachine extends pulumi.ComponentResource {
     this.disks = imported;
     const [boot, ...further] = imported;
     if (boot === undefined)
-      throw new Error(`${name}: every disk with content is left out, and a machine boots from one: keep it in \`disks\``);
+      throw new pulumi.RunError(`${name}: every disk with content is left out, and a machine boots from one: keep it in \`disks\``);
     this.machine = new VirtualMachine(
       name,
       {
@@ -92,6 +94,14 @@ export class MigratedMachine extends pulumi.ComponentResource {
       { parent: this },
     );
     this.registerOutputs({ machine: this.machine.name, uuid: this.machine.uuid });
+  }
+
+  /** A preview fails with it once the program has ended. */
+  #refuse(problems: readonly string[]): void {
+    if (problems.length === 0) return;
+    const sentence = problems.join("; ");
+    if (!pulumi.runtime.isDryRun() || !hasEngine()) throw new pulumi.RunError(sentence);
+    void pulumi.log.error(sentence, this);
   }
 
   /**
@@ -118,6 +128,15 @@ export class MigratedMachine extends pulumi.ComponentResource {
   }
 }
 
+/** Throws pulumi.RunError when the package cannot be read: no more of the machine is known then. */
+function describe(name: string, source: PackageSource): MachineDescription {
+  try {
+    return loadProvider().describeMachine(packagePath(source));
+  } catch (error) {
+    throw new pulumi.RunError(`${name}: ${error instanceof Error ? error.message : String(error)}`);
+  }
+}
+
 /** False in a test with mocks. Pulumi's own `hasEngine` is false in every inline program too. */
 function hasEngine(): boolean {
   return pulumi.runtime.getEngine() !== undefined;
@@ -140,16 +159,20 @@ interface MachinePlan {
   /** Further disks of the program's own. */
   readonly given: VirtualMachineDisks;
   readonly machine: Omit<VirtualMachineArgs, "host" | "importedDisk" | "image" | "disks">;
+  /** What is wrong with the arguments, one sentence each; what they are about is left out above. */
+  readonly problems: readonly string[];
 }
 type VirtualMachineDisks = Extract<VirtualMachineArgs["disks"], readonly unknown[]>;
 
-/** The arguments of the disks and of the machine. Throws Error when a map has no entry that is needed, or one for nothing. */
+/** The arguments of the disks and of the machine. A map without an entry that is needed is a problem, and so is an entry for nothing. */
 function planMachine(name: string, args: MigratedMachineArgs, description: MachineDescription): MachinePlan {
   const networks = new NamedValues<NetworkTarget>(name, "networks", args.networks ?? { "*": "default" });
   const pools = new NamedValues<pulumi.Input<string>>(name, "pools", args.pools ?? {});
   const overrides = new NamedValues<DiskOverride>(name, "disks", args.disks ?? {});
-  const { disks: given = [], ...machine } = args.machine ?? {};
-  if (!Array.isArray(given)) throw new Error(`${name}: machine.disks must be a plain list: what is declared depends on it`);
+  const { disks: declared = [], ...machine } = args.machine ?? {};
+  const problems: string[] = [];
+  if (!Array.isArray(declared)) problems.push(`${name}: machine.disks must be a plain list: what is declared depends on it`);
+  const given: readonly unknown[] = Array.isArray(declared) ? declared : [];
 
   const kept = description.disks.flatMap((disk): MachinePlan["disks"] => {
     const keys = [disk.file, disk.label, String(disk.index)];
@@ -166,16 +189,17 @@ function planMachine(name: string, args: MigratedMachineArgs, description: Machi
   const hasOwnDrive = given.some((disk) => isCdrom(disk));
   const interfaces = description.networks.flatMap((network) => {
     const target = networks.find([network.network, network.label]);
-    if (target === undefined) throw new Error(unmapped(name, network, description));
-    return target === false ? [] : [interfaceOf(network, target)];
+    if (target === undefined) problems.push(unmapped(name, network, description));
+    return target === undefined || target === false ? [] : [interfaceOf(network, target)];
   });
-  for (const values of [networks, pools, overrides]) values.assertUsed();
+  problems.push(...[networks, pools, overrides].flatMap((values) => values.unusedProblem() ?? []));
   return {
     disks: kept,
     blanks,
     drives: hasOwnDrive ? [] : cdroms.map(() => ({ device: "cdrom" })),
     given: given as VirtualMachineDisks,
     machine: { ...hardwareOf(description, machine), networks: interfaces, ...(args.name !== undefined && { name: args.name }), ...machine },
+    problems,
   };
 }
 
@@ -232,11 +256,11 @@ class NamedValues<Value> {
     return Object.hasOwn(this.#values, found) ? this.#values[found] : undefined;
   }
 
-  /** Throws Error naming the keys that are for nothing. */
-  assertUsed(): void {
+  /** Names the keys that are for nothing; undefined when there are none. */
+  unusedProblem(): string | undefined {
     const unused = Object.keys(this.#values).filter((key) => !this.#known.has(key));
-    if (unused.length === 0) return;
+    if (unused.length === 0) return undefined;
     const known = [...this.#known].map((key) => JSON.stringify(key)).join(", ");
-    throw new Error(`${this.#machine}: ${this.#property} names ${unused.join(", ")}, which the machine does not have: it has ${known}`);
+    return `${this.#machine}: ${this.#property} names ${unused.join(", ")}, which the machine does not have: it has ${known}`;
   }
 }

@@ -1,5 +1,6 @@
 import { copyFile, truncate, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { RunError } from "@pulumi/pulumi";
 import { expect, test } from "vitest";
 import { MigratedMachine, type MigratedMachineArgs } from "../../sdk/migrated-machine.ts";
 import { openDirectory } from "../bed/directory.ts";
@@ -136,7 +137,10 @@ test("refuses a network without a target, and an entry for what the machine does
   expect(declare("unmapped", { networks: { "VM Network": "default" } })).toThrow(
     'unmapped: networks says nothing of "DPG-Storage & Backup": give it a libvirt network, or all of them by "*" (the machine has "VM Network", "DPG-Storage & Backup")',
   );
-  expect(declare("typo", { pools: { "app1.vmdk": "fast" } })).toThrow("typo: pools names app1.vmdk, which the machine does not have");
+  expect(declare("typo", { pools: { "app1.vmdk": "fast" }, networks: { "*": "default", lan: false } })).toThrow(
+    /^typo: networks names lan, which the machine does not have: .*; typo: pools names app1\.vmdk, which the machine does not have: /,
+  );
+  expect(() => new MigratedMachine("none", { source: { ova: exported.ova }, networks: {}, disks: { "*": false } })).toThrow(RunError);
 });
 
 test("takes a stored description for a package that is gone", async () => {
@@ -154,5 +158,7 @@ test("takes a stored description for a package that is gone", async () => {
 });
 
 test("says in one sentence what is wrong with a package", () => {
-  expect(() => new MigratedMachine("gone", { source: { ova: "/there/is/none.ova" } })).toThrow("there is no file /there/is/none.ova");
+  const declare = () => new MigratedMachine("gone", { source: { ova: "/there/is/none.ova" } });
+  expect(declare).toThrow("gone: there is no file /there/is/none.ova");
+  expect(declare).toThrow(RunError);
 });
