@@ -1,5 +1,5 @@
 /** What came of a batch, from its journal: as data, and as one HTML file that needs nothing else. */
-import type { Made, MachineStanding, JournalRecord } from "./journal.ts";
+import { type JournalRecord, type Made, type MachineStanding, standingOf } from "./journal.ts";
 import { readBatch } from "./driver.ts";
 import type { BatchMachine } from "./manifest.ts";
 import type { Finding } from "./plan.ts";
@@ -7,7 +7,7 @@ import { formatBytes, formatSeconds } from "./words.ts";
 
 /** A stretch of work on one machine. */
 export interface Span {
-  /** `copy web-disk0`, `machine web`, `up`, `destroy`. */
+  /** `copy web-disk0`, `machine web`, `up`, `destroy`; a refresh is none. */
   readonly what: string;
   readonly kind: "operation" | "copy" | "machine";
   readonly run: string;
@@ -29,6 +29,7 @@ export interface MachineReport {
   readonly reasons: readonly string[];
   /** Attempts beyond the first of each run. */
   readonly retries: number;
+  /** Of the last operation that worked on it: a refresh only reads. */
   readonly beganMs: number | undefined;
   readonly endedMs: number | undefined;
   readonly made: Made | undefined;
@@ -97,6 +98,8 @@ function runsOf(records: readonly JournalRecord[]): BatchReport["runs"] {
 
 function machineReport(machine: BatchMachine, standing: MachineStanding, records: readonly JournalRecord[]): MachineReport {
   const own = records.filter((record) => "machine" in record && record.machine === machine.name);
+  const work = own.filter((record) => !("operation" in record && record.operation === "refresh"));
+  const { beganMs, endedMs } = standingOf(work, machine.name, false);
   const { ova, vmx, file } = machine.declaration.source;
   const source = ova ?? vmx ?? file;
   return {
@@ -109,11 +112,11 @@ function machineReport(machine: BatchMachine, standing: MachineStanding, records
     state: standing.state,
     reasons: standing.reasons,
     retries: own.filter((record) => record.record === "begun" && record.attempt > 1).length,
-    beganMs: standing.beganMs,
-    endedMs: standing.endedMs,
+    beganMs,
+    endedMs,
     made: standing.made,
     findings: own.findLast((record) => record.record === "planned")?.findings ?? [],
-    spans: spansOf(own),
+    spans: spansOf(work),
   };
 }
 

@@ -1,5 +1,5 @@
 /** The report, as text and in a real browser. */
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
@@ -133,6 +133,23 @@ test("tells what was moved, how long each phase took, what was tried again and w
     ["make web", 70_100, 75_000, true],
   ]);
   expect(db).toMatchObject({ state: "failed", reasons: [HOSTILE] });
+});
+
+test("a refresh later changes nothing of when a machine was moved, and how long it took", async () => {
+  await using moved = await openMoved();
+  const before = readReport(moved.manifest);
+  const run = "r2";
+  const records: readonly JournalRecord[] = [
+    { record: "run begun", run, atMs: 9_000_000, command: "refresh", machines: ["web"] },
+    { record: "begun", run, atMs: 9_000_001, machine: "web", operation: "refresh", attempt: 1 },
+    { record: "ended", run, atMs: 9_000_500, machine: "web", operation: "refresh", attempt: 1, outcome: { ok: true, changes: {} } },
+    { record: "run ended", run, atMs: 9_001_000 },
+  ];
+  appendFileSync(join(moved.folder, ".virtlift/journal.ndjson"), records.map((record) => `${JSON.stringify(record)}\n`).join(""));
+  const after = readReport(moved.manifest);
+  expect(after.machines).toEqual(before.machines);
+  expect(after.totals).toEqual(before.totals);
+  expect(after.runs.map(({ command }) => command)).toEqual(["up", "refresh"]);
 });
 
 test("is one file: it loads nothing, runs nothing, and every word from outside is escaped", async () => {
