@@ -1,5 +1,5 @@
 /** What a copy takes: a disk of real files over loopback SSH, beside what people do instead. Both ends share this machine's processors, which no real pair of machines does. */
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { join } from "node:path";
@@ -171,9 +171,14 @@ async function withProcessors(host: KvmHost, work: () => Promise<Outcome>): Prom
   return { clientCpuSeconds, hostCpuSeconds: hostCpuSeconds() - hostBefore, ...outcome };
 }
 
-/** User and system time of a process's children that have ended, theirs included. Source: proc(5), /proc/pid/stat, cutime and cstime. */
+/**
+ * User and system time of a process's children that have ended, theirs included; 0 of one that has ended itself, as its parent then has it.
+ * Source: proc(5), /proc/pid/stat, cutime and cstime.
+ */
 function childrenCpuSeconds(pid: number | "self"): number {
-  const stat = readFileSync(`/proc/${pid}/stat`, "latin1");
+  const path = `/proc/${pid}/stat`;
+  if (!existsSync(path)) return 0;
+  const stat = readFileSync(path, "latin1");
   // The name, in parentheses, may hold anything; behind it comes the third field.
   const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
   const [user, system] = [fields[16 - 3], fields[17 - 3]];
