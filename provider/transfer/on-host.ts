@@ -26,7 +26,7 @@ elif [ -b "$file" ]; then kind=block size=$(blockdev --getsize64 -- "$file")
 else echo other; exit 0; fi
 [ -r "$file" ] || { printf 'refused %s\\n' "$(id -un)"; exit 0; }
 command -v qemu-img >/dev/null 2>&1 && tool=yes || tool=no
-printf 'found %s %s %s %s %s\\n' "$kind" "$size" "$tool" "$(stat -c '%b %d:%i:%.9Y %h' -- "$file")" "$file"
+printf 'found %s %s %s %s %s\\n' "$kind" "$size" "$tool" "$(stat -c '%b %d:%i:%.9Y %.9Z %h' -- "$file")" "$file"
 `;
 
 /** What the host says of a file. */
@@ -36,8 +36,10 @@ export interface HostFile {
   readonly kind: "file" | "block";
   readonly sizeBytes: number;
   readonly allocatedBytes: number;
-  /** What tells this state of the file from any other. */
+  /** What tells this state of the file from any other, as long as nobody sets times back. */
   readonly seen: string;
+  /** When anything about a file was last changed, which nobody can set back; undefined for a device. */
+  readonly changedAt: string | undefined;
   /** The number of the file system. */
   readonly device: string;
   readonly links: number;
@@ -62,10 +64,10 @@ export async function lookAtHostFile(host: Host, path: string, isBeside = false)
       `${path} on ${host.label} may not be read by ${user}: log in as somebody who may, or set \`sudo: true\` on the host`,
       detail,
     );
-  const match = /^found (file|block) (\d+) (yes|no) (\d+) (\d+):(\S+) (\d+) (\/.*)$/s.exec(answer);
+  const match = /^found (file|block) (\d+) (yes|no) (\d+) (\d+):(\S+) (\S+) (\d+) (\/.*)$/s.exec(answer);
   if (!match)
     throw new DiskError(`${host.label} does not say what ${path} is: its stat answers ${JSON.stringify(answer.slice(0, 200))}`, detail);
-  const [, kind, size, tool, blocks, device, rest, links, real] = match;
+  const [, kind, size, tool, blocks, device, rest, changed, links, real] = match;
   const sizeBytes = Number(size);
   return {
     path: real!,
@@ -73,6 +75,7 @@ export async function lookAtHostFile(host: Host, path: string, isBeside = false)
     sizeBytes,
     allocatedBytes: kind === "block" ? sizeBytes : Number(blocks) * 512,
     seen: `${device}:${rest}:${size}`,
+    changedAt: kind === "block" ? undefined : changed,
     device: device!,
     links: Number(links),
     hasQemuImg: tool === "yes",
@@ -102,7 +105,9 @@ export class HostFolder implements Folder {
 
   async assertUnchanged(): Promise<void> {
     for (const { file } of await Promise.all(this.#open.values())) {
-      if ((await lookAtHostFile(this.#host, file.path)).seen === file.seen) continue;
+      const now = await lookAtHostFile(this.#host, file.path);
+      // Another link to it, such as a backup's, or ours when it is moved, changes nothing in it.
+      if (now.seen === file.seen && (now.changedAt === file.changedAt || now.links !== file.links)) continue;
       throw new DiskError(`${file.path} on ${this.#host.label} changed while it was read: stop what writes it, then run up again`, {
         step: "source",
         path: file.path,

@@ -1,7 +1,7 @@
-import { appendFile, writeFile } from "node:fs/promises";
+import { appendFile, link, stat, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, it } from "vitest";
-import { watchFile } from "../../provider/transfer/on-host.ts";
+import { HostFolder, watchFile } from "../../provider/transfer/on-host.ts";
 import { openHosts } from "../host/setup.ts";
 
 const MIB = 1024 * 1024;
@@ -45,4 +45,26 @@ it("tells how far a work on the host is, as its file grows, and settles as the w
   // A host that cannot tell keeps no work from its end.
   const blind = host.run(["sleep", "0.1"]).then(() => "done");
   expect(await watchFile(host, "/nowhere", { ...unasked, totalBytes: MIB }, blind)).toBe("done");
+});
+
+it("notices a file on the host that was written and had its time set back, and minds no other link to it", async () => {
+  await using opened = await openHosts();
+  const host = opened.hosts.open({ uri: "qemu:///session" });
+  const path = join(opened.home, "disk.raw");
+  const write = async () => {
+    await writeFile(path, "bytes");
+    await utimes(path, 1_700_000_000, 1_700_000_000);
+  };
+  await write();
+  const folder = new HostFolder(host, path);
+  await folder.file("");
+  await link(path, join(opened.home, "backup.raw"));
+  await expect(folder.assertUnchanged()).resolves.toBeUndefined();
+
+  const linked = new HostFolder(host, path);
+  await linked.file("");
+  const { ctimeNs } = await stat(path, { bigint: true });
+  // The kernel's clock of file times goes in steps of some milliseconds.
+  while ((await stat(path, { bigint: true })).ctimeNs === ctimeNs) await write();
+  await expect(linked.assertUnchanged()).rejects.toThrow(/disk\.raw on this machine changed while it was read/);
 });
