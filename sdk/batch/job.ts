@@ -52,7 +52,7 @@ export interface Step {
   readonly kind: "ImportedDisk" | "VirtualMachine";
   readonly name: string;
   readonly op: string;
-  /** The names of the properties that differ. */
+  /** The names of the resource's own properties that differ, sorted. Those of a secret too, but never values. */
   readonly changed: readonly string[];
   /** As checked, on its start; with what was made, at its end. Secrets are masked by the engine. */
   readonly properties: Readonly<Record<string, unknown>>;

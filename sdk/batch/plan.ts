@@ -27,6 +27,8 @@ export interface MachinePlan {
   readonly machine: BatchMachine;
   /** `create`, `update`, `replace`, `same`, or `blocked` when it may not start. */
   readonly action: "create" | "update" | "replace" | "same" | "blocked";
+  /** Of what is there already and will not stay as it is, sorted: `memoryMiB`, and `web-disk0.capacity` of a disk. Empty where nothing is. */
+  readonly changes: readonly string[];
   readonly disks: number;
   readonly virtualSizeBytes: number;
   /** An upper bound of what is going to be sent; 0 when nothing is. */
@@ -75,6 +77,7 @@ export function planBatch(
     return {
       machine: each.machine,
       action: findings.some(({ level }) => level === "block") ? "blocked" : actionOf(each.steps),
+      changes: changesOf(each.steps),
       disks: measures.length,
       virtualSizeBytes: measures.reduce((sum, { virtualSizeBytes }) => sum + virtualSizeBytes, 0),
       wireBytes,
@@ -91,6 +94,15 @@ function actionOf(steps: readonly Step[]): MachinePlan["action"] {
   if (ops.some((op) => op !== "same" && op !== "create")) return "update";
   if (ops.every((op) => op === "same")) return "same";
   return ops.every((op) => op === "create") ? "create" : "update";
+}
+
+function changesOf(steps: readonly Step[]): readonly string[] {
+  const places = steps.flatMap(({ kind, name, op, changed }) =>
+    op === "update" || op.includes("replace")
+      ? changed.map((property) => (kind === "VirtualMachine" ? property : `${name}.${property}`))
+      : [],
+  );
+  return [...new Set(places)].toSorted();
 }
 
 /** The disks that are going to be copied. */

@@ -150,6 +150,7 @@ function failureOf(error: unknown, told: readonly string[]): Outcome {
         : KILLED.test(message)
           ? "engine killed"
           : "refused";
+  if (cause === "cancelled") return { ok: false, cause, reasons: ["cancelled: the next run goes on from there"] };
   return { ok: false, cause, reasons: cause === "engine killed" ? ["Pulumi's engine was killed", ...told] : reasons };
 }
 
@@ -165,8 +166,8 @@ const OURS = /^pulumi-nodejs:dynamic\/virtlift:(ImportedDisk|VirtualMachine)$/;
 /** The engine's severities that are for people; there is `debug` besides. */
 const LEVELS: Readonly<Record<string, "info" | "warn" | "error">> = { info: "info", "info#err": "warn", warning: "warn", error: "error" };
 
-/** What the engine says at the end of everything that failed. */
-const ENGINE_SUMMARY = /^(update|preview|refresh|destroy) failed$/;
+/** What the engine says at the end of everything that failed, or that was cancelled. */
+const ENGINE_SUMMARY = /^(update|preview|refresh|destroy) (failed|cancell?ed)$/;
 
 function eventsOf({ diagnosticEvent, resourcePreEvent, resOutputsEvent, resOpFailedEvent }: EngineEvent): readonly WorkerEvent[] {
   if (diagnosticEvent !== undefined) {
@@ -192,10 +193,21 @@ function stepOf(event: "begun" | "ended" | "failed", metadata: Metadata): readon
     kind,
     name: metadata.urn.slice(metadata.urn.lastIndexOf("::") + 2),
     op: metadata.op,
-    changed: (metadata.diffs ?? []).filter((key) => key !== "__provider"),
+    changed: changedOf(metadata),
     properties,
   };
   return [{ event, step }];
+}
+
+/** What we keep beside a resource's own properties: it follows from them. */
+const NOT_DECLARED: ReadonlySet<string> = new Set(["__provider", "origin", "declared", "declaration", "importId"]);
+
+/** Names of whole properties: the engine names places in them, such as `networks[0].mac`. */
+function changedOf({ detailedDiff, diffs }: Metadata): readonly string[] {
+  // The engine writes null where it has none.
+  const places = [...Object.keys(detailedDiff ?? {}), ...(diffs ?? [])];
+  const names = new Set(places.map((place) => /^[^.[]*/.exec(place)?.[0] ?? ""));
+  return [...names].filter((name) => name !== "" && !NOT_DECLARED.has(name)).toSorted();
 }
 
 /** Without the engine's colour marks and line ends. */

@@ -212,6 +212,8 @@ function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolea
   });
   const heading = ["machine", "wave", "target", "action", "disks", "virtual", "to send", "estimate", "block", "warn", "info"];
   stdout.write(`${formatTable(heading, rows).join("\n")}\n`);
+  for (const { machine, action, changes } of machines)
+    if (changes.length > 0) stdout.write(`${action}  ${machine.name}: ${printable(changes.join(", "))}\n`);
   for (const level of ["info", "warn", "block"] as const)
     for (const { machine, findings } of machines)
       for (const { text, waiver } of findings.filter((finding) => finding.level === level))

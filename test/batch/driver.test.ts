@@ -26,18 +26,19 @@ test("moves machines in waves, has nothing to do the second time though the sour
   await writeFile(join(sources, "cache.vmx"), vmxSeed());
   await writeFile(join(sources, "a.vmdk"), sparseVmdkSeed());
   const defaults = { host: "here", networks: { "*": { type: "user" } }, machine: { powerState: "stopped", domainType: "qemu" } };
-  bed.write({
+  const manifest = (web: object) => ({
     project: "move",
     hosts: { here: libvirtd.uri },
     defaults: { ...defaults, hooks: hooksOf("machine $VIRTLIFT_MACHINE") },
     limits: { perSource: 1 },
     waves: { 1: { hooks: hooksOf("wave $VIRTLIFT_WAVE") }, 2: { hooks: hooksOf("wave $VIRTLIFT_WAVE") } },
     machines: {
-      web: { source: { ova: "sources/web.ova" }, wave: 2, dependsOn: ["db"] },
+      web: { source: { ova: "sources/web.ova" }, wave: 2, dependsOn: ["db"], ...web },
       db: { source: { ova: `sources/${descriptor}` } },
       cache: { source: { vmx: "sources/cache.vmx" }, disks: { "0": { preflight: { "virtlift/no-checksum": { reason: "made here" } } } } },
     },
   });
+  bed.write(manifest({}));
 
   const moved = await bed.cli("up");
   expect(moved).toMatchObject({ code: 0, stdout: expect.stringMatching(/^3 done$/m) as string });
@@ -74,9 +75,12 @@ test("moves machines in waves, has nothing to do the second time though the sour
   await rm(sources, { recursive: true });
   await libvirtd.virsh("undefine", "--nvram", "cache");
   expect(await bed.cli("refresh", "--only", "cache")).toMatchObject({ code: 0, stdout: "1 done\n" });
+  bed.write(manifest({ machine: { memoryMiB: 640, description: "new words" } }));
   const again = await bed.cli("plan");
-  expect(again.stdout.match(/ same /g)).toHaveLength(2);
+  expect(again.stdout.match(/ same /g)).toHaveLength(1);
   expect(again.stdout).toMatch(/^cache .* update /m);
+  expect(again.stdout).toMatch(/^web .* update /m);
+  expect(again.stdout).toMatch(/^update {2}web: description, memoryMiB$/m);
   expect(again.stdout).toContain("nothing is to be copied");
   expect((await bed.cli("status")).stdout.match(/ done /g)).toHaveLength(3);
 

@@ -47,6 +47,16 @@ const survey = (freeBytes: number, memoryMiB = 65_536) => ({
   pools: [{ name: "default", folder: "/pool", freeBytes }],
 });
 
+test("names what changes of a machine and of its disks, and nothing of what is new or stays", () => {
+  const changing = (op: string): Previewed => {
+    const each = previewed("a", { op });
+    return { ...each, steps: each.steps.map((step) => ({ ...step, changed: ["capacity", "memoryMiB"] })) };
+  };
+  const [updated, made] = ["update", "create"].map((op) => planBatch([changing(op)], new Map()).machines[0]?.changes);
+  expect(updated).toEqual(["a-disk0.capacity", "a-disk0.memoryMiB", "capacity", "memoryMiB"]);
+  expect(made).toEqual([]);
+});
+
 test("adds up what is going to be copied, and estimates its time", () => {
   const plan = planBatch([previewed("a"), previewed("b", { op: "same" }), previewed("c", { disk: { layout: "full" } })], new Map(), {
     seen: 2 * GIB,
