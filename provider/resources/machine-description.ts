@@ -70,7 +70,7 @@ export interface MachineDescription {
   readonly networks: readonly DescribedNetwork[];
   /** Absent from descriptions that were stored before there were any. */
   readonly cdroms?: readonly DescribedDrive[];
-  /** What the user should know, one sentence each: above all what does not come along. */
+  /** What the user should know, one sentence each: above all what does not come along. Of an OVA and an OVF not what the check of the boot disk says. */
   readonly notes: readonly string[];
 }
 
@@ -84,7 +84,7 @@ export function describeMachine(path: string): MachineDescription {
   using folder = new Folder(path);
   try {
     const { sizeBytes } = folder.file("");
-    return descriptionOf(drive(parserFor(path, sizeBytes), folder));
+    return descriptionOf(drive(parserFor(path, sizeBytes), folder), extname(path).toLowerCase() === ".vmx");
   } catch (error) {
     if (!(error instanceof ImageError)) throw error;
     throw new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error });
@@ -105,8 +105,11 @@ function parserFor(path: string, sizeBytes: number): Parser<MachinePackage> {
 /** What all packages have. */
 type MachinePackage = Pick<OvfPackage, "system" | "disks" | "notes">;
 
-/** Pure: what a package says, in our terms. Throws ImageError when the machine has no disk that it could boot from. */
-export function descriptionOf({ system, disks, notes }: MachinePackage): MachineDescription {
+/**
+ * What a package says, in our terms. `isBare`: its disks are imported as plain images, so that their checks, whose rules say what else is lost, know
+ * nothing of it. Pure. Throws ImageError when the machine has no disk that it could boot from.
+ */
+function descriptionOf({ system, disks, notes }: MachinePackage, isBare: boolean): MachineDescription {
   if (!disks.some(({ place }) => place !== undefined))
     throw new ImageError("the machine has no disk with content: there is nothing to boot from");
   const guest = guestOf(system);
@@ -118,7 +121,7 @@ export function descriptionOf({ system, disks, notes }: MachinePackage): Machine
     disks: disks.map(({ index, name, place, capacityBytes }) => ({ index, label: name, file: place?.name, sizeBytes: capacityBytes })),
     networks,
     cdroms: system.cdroms.map(({ name }) => ({ label: name })),
-    notes: [...notes, ...losses(system, disks, hardware, guest)],
+    notes: [...notes, ...losses(system, disks, hardware, guest), ...(isBare ? bareLosses(system) : [])],
   };
 }
 
@@ -183,7 +186,7 @@ function isUnicast(mac: string): boolean {
   return (Number.parseInt(mac.slice(0, 2), 16) & 1) === 0 && mac !== "00:00:00:00:00:00";
 }
 
-/** One sentence for everything that the machine had and will not have. */
+/** One sentence for everything that the machine had and will not have, but for `bareLosses`. */
 function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: DescribedHardware, guest: GuestKind): readonly string[] {
   const said: string[] = [];
   const boot = disks.find(({ file }) => file !== undefined);
@@ -196,8 +199,6 @@ function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: Describe
     said.push(
       "Windows started from SCSI and now finds its disk on SATA: enable its driver storahci before the export, or convert the disk first (virt-v2v)",
     );
-  if (system.firmware === "efi") said.push("its UEFI variables do not come along: it boots by the fallback path of its EFI partition");
-  if (system.hasVtpm) said.push("it gets a new TPM: keys that only the old one held are lost (have BitLocker's recovery key ready)");
   for (const nic of system.nics) {
     if (nic.mac !== undefined && !isUnicast(nic.mac))
       said.push(`the MAC address ${nic.mac} of ${quoted(nic.name)} is no machine's: a new one is made`);
@@ -207,14 +208,21 @@ function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: Describe
       said.push(
         `the CD-ROM drive ${quoted(name)} comes along without ${quoted(file.href)}: give the machine a drive with a medium in \`disks\` where the guest needs it`,
       );
-  if (system.floppies.length > 0) said.push("its floppy drive does not come along");
   if (system.nestedVirtualization)
     said.push('it ran virtual machines itself: it still can where its `cpu` is "host-passthrough" and the host allows it');
-  if (system.cpuHotAdd || system.memoryHotAdd) said.push("processors and memory cannot be added while it runs");
   if (system.properties.some(({ value }) => value !== undefined && value !== "") && system.transports.length > 0)
     said.push(`its vApp properties (by ${system.transports.join(", ")}) do not reach the guest`);
-  for (const other of system.others) said.push(`${other} does not come along`);
   return said;
+}
+
+/** What rules about the boot disk of an OVF say of it: virtlift/nvram-lost, vtpm-lost, hardware-lost, passthrough-lost and hot-add-lost. */
+function bareLosses(system: OvfSystem): readonly string[] {
+  const said: string[] = [];
+  if (system.firmware === "efi") said.push("its UEFI variables do not come along: it boots by the fallback path of its EFI partition");
+  if (system.hasVtpm) said.push("it gets a new TPM: keys that only the old one held are lost (have BitLocker's recovery key ready)");
+  if (system.floppies.length > 0) said.push("its floppy drive does not come along");
+  if (system.cpuHotAdd || system.memoryHotAdd) said.push("processors and memory cannot be added while it runs");
+  return [...said, ...system.others.map((other) => `${other} does not come along`)];
 }
 
 /** Runs a parser on files of this machine. Throws what it throws, DiskError when a file cannot be read. */

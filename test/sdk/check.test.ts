@@ -45,5 +45,6 @@ test("its exit code tells the worst level, and its findings come as a table or a
   await writeFile(join(libvirtd.directory, "a.vmdk"), sparseVmdkSeed());
   const whole = await virtlift("check", vmx, "--host", libvirtd.uri);
   expect(whole.stdout).toMatch(/a\.vmdk \(vmdk monolithicSparse.* -> this machine:/);
+  expect(whole.stdout).toMatch(/^info +machine +source: its UEFI variables do not come along: .* \(virtlift\/package-note\)$/m);
   expect(await virtlift("check", file)).toMatchObject({ code: 2, stderr: expect.stringContaining("give the host") });
 }, 60_000);

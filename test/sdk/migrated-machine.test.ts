@@ -97,12 +97,17 @@ test("leaves the package's topology and drives to a program that declares its ow
   expect(await declare("none", { disks: { "ide1:0": false } })).toMatchObject({ disks: [] });
 });
 
-test("says what cannot come along", async () => {
+test("says what cannot come along, but of an OVF only what the check of its boot disk does not say", async () => {
+  await using folder = await openFolder('vtpm.present = "TRUE"', 'sound.present = "TRUE"');
+  const { description: bare } = new MigratedMachine("bare", { source: { vmx: folder.vmx }, host: "test:///default" });
+  for (const words of ["it gets a new TPM", "its UEFI variables do not come along", 'sound card "sound" does not come along'])
+    expect(bare.notes.filter((note) => note.includes(words))).toHaveLength(1);
+  expect(bare.notes.join()).not.toContain("per socket");
+
   await using exported = await openVmware();
   const { description } = new MigratedMachine("said", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
-  expect(description.notes.join("\n")).toContain("it gets a new TPM");
-  expect(description.notes.join("\n")).toContain("its UEFI variables do not come along");
-  expect(description.notes.join("\n")).not.toContain("per socket");
+  expect(description.hardware).toMatchObject({ firmware: "uefi", tpm: true });
+  expect(description.notes.join()).not.toMatch(/TPM|UEFI|per socket/);
 });
 
 test("lets the program override any part, leave disks and interfaces out, and choose pools by the disk", async () => {

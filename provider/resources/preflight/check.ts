@@ -8,7 +8,8 @@ import type { CheckFailure, Context } from "../resource.ts";
 import type { HostSchema } from "../schema.ts";
 import { virtualMachine } from "../virtual-machine.ts";
 import { deploymentOf } from "./deployment.ts";
-import type { Level } from "./rule.ts";
+import { PACKAGE_RULES } from "./package-rules.ts";
+import { type Judgement, judge, type Level } from "./rule.ts";
 
 export interface CheckRequest {
   /** Path of an image, an OVA, an OVF or a VMX on this machine. */
@@ -51,11 +52,13 @@ export async function checkSource(
   const plan: string[] = [];
   const findings: CheckFinding[] = [];
   const listening: Context = { ...context, log: (_level, line) => void (line.includes(" -> ") && plan.push(line)) };
+  const tell = (resource: string, judgements: readonly Judgement[]) =>
+    void findings.push(...judgements.map(({ rule, level, property, reason }) => ({ resource, rule, level, property, reason })));
   const note = (resource: string, origin: string, failures: readonly CheckFailure[]) => {
     const judgements = deploymentOf(context.hosts).judgementsOf(origin);
-    const judged = judgements.map(({ rule, level, property, reason }) => ({ resource, rule, level, property, reason }));
+    tell(resource, judgements);
     const others = failures.filter(({ reason }) => !judgements.some((judgement) => judgement.reason === reason));
-    findings.push(...judged, ...others.map((failure) => ({ resource, level: "block" as const, ...failure })));
+    findings.push(...others.map((failure) => ({ resource, level: "block" as const, ...failure })));
   };
 
   let machine: MachineDescription | undefined;
@@ -66,6 +69,7 @@ export async function checkSource(
     // Of an archive and an OVF the check of the disk in it says why.
     if (isVmx(path)) note("machine", ORIGIN, [{ property: "source", reason: error.message }]);
   }
+  if (machine !== undefined) tell("machine", judge(PACKAGE_RULES, machine, {}));
   const name = machine?.name ?? basename(path).replace(/\.[^.]*$/, "");
   const disks: object[] = [];
   for (const source of sourcesOf(path, machine)) {

@@ -3,6 +3,7 @@ import { ARGUMENT_RULES, BOOT_RULES, COMBINATION_RULES, HOST_RULES } from "./arg
 import { DISK_CHANGE_RULES, MACHINE_CHANGE_RULES } from "./change-rules.ts";
 import { DISK_RULES } from "./disk-rules.ts";
 import { MACHINE_RULES } from "./machine-rules.ts";
+import { PACKAGE_RULES } from "./package-rules.ts";
 import type { Rule } from "./rule.ts";
 import { TROUBLE_RULES } from "./trouble-rules.ts";
 
@@ -13,7 +14,7 @@ export type RuleText = Omit<Rule<never>, "test">;
 export const CHAPTERS: readonly { readonly title: string; readonly rules: readonly RuleText[] }[] = [
   { title: "Before anything else", rules: [...ARGUMENT_RULES, ...HOST_RULES, ...BOOT_RULES, ...COMBINATION_RULES, ...TROUBLE_RULES] },
   { title: "Disks: the source and its place", rules: DISK_RULES },
-  { title: "Machines: the host and the guest", rules: MACHINE_RULES },
+  { title: "Machines: the host and the guest", rules: [...MACHINE_RULES, ...PACKAGE_RULES] },
   { title: "Changes of what exists", rules: [...DISK_CHANGE_RULES, ...MACHINE_CHANGE_RULES] },
 ];
 
