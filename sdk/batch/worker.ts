@@ -150,7 +150,7 @@ function failureOf(error: unknown, told: readonly string[]): Outcome {
         : KILLED.test(message)
           ? "engine killed"
           : "refused";
-  if (cause === "cancelled") return { ok: false, cause, reasons: ["cancelled: the next run goes on from there"] };
+  if (cause === "cancelled") return { ok: false, cause, reasons: ["what was done stays, and the next run goes on from there"] };
   return { ok: false, cause, reasons: cause === "engine killed" ? ["Pulumi's engine was killed", ...told] : reasons };
 }
 
