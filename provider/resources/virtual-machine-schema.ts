@@ -389,7 +389,7 @@ export const VirtualMachineSchema = z.strictObject({
     )
     .optional(),
   /** `kvm`, or `qemu` for emulation, which is much slower. Default: `kvm` where the host offers it. */
-  domainType: z.enum(["kvm", "qemu", "test"]).optional(),
+  domainType: z.enum(["kvm", "qemu", "test"], { error: "it is `kvm` or `qemu`" }).optional(),
   /** What the disks hang on. Default `sata`, which every guest system has a driver for; `virtio` is faster where the guest has its drivers. */
   bus: BusSchema.default("sata"),
   /** The screen, served on the host: `vnc` (default), `spice` or `none`, and the host's address that it listens on, `127.0.0.1` by default. */

@@ -119,6 +119,7 @@ test.for([
     "machines:\n  web:\n    source: web.ova\n    host: test:///default\n",
     "/m.yaml:3:5: machines.web.source: say where the machine comes from: ",
   ],
+  [`${MINIMAL}    machine: { domainType: xen }\n`, "/m.yaml:5:16: machines.web.machine.domainType: it is `kvm` or `qemu`"],
   [`defaults:\n  machine: { memoryMiB: 1 }\n${MINIMAL}`, "/m.yaml:2:14: defaults.machine.memoryMiB: "],
   [`${MINIMAL}    disks:\n      "0": { layout: thin }\n      "1": false\n`, "/m.yaml:6:14: machines.web.disks.0.layout: "],
   [`${MINIMAL}    networks: { a: default, b: false, "*": { typ: user } }\n`, "/m.yaml:5:46: machines.web.networks.*.typ: "],
