@@ -18,7 +18,14 @@ export const name = moved.machine.name;
 export const disks = moved.disks.map((disk) => disk.path);
 `;
 
-test("copies no disk for a machine that cannot be, also without a preview, and has nothing to do the second time", async () => {
+/** The machine above, and two whose arguments are wrong. */
+const BROKEN = `${PROGRAM}
+const source = { ova: config.require("ova") };
+new MigratedMachine("lost", { source, networks: {} });
+new MigratedMachine("typo", { source, pools: { "other.vmdk": "fast" } });
+`;
+
+test("copies no disk for a machine that cannot be, also without a preview, previews all that are wrong, and has nothing to do the second time", async () => {
   await using pulumi = await openPulumi();
   await using libvirtd = await openLibvirtd();
   const { path: ova } = await prepareGuestOva();
@@ -30,6 +37,19 @@ test("copies no disk for a machine that cannot be, also without a preview, and h
   );
   expect(await readdir(libvirtd.poolPath)).toEqual([]);
 
+  await project.write(BROKEN);
+  const previewed = await project.run("preview");
+  expect(previewed.exitCode).not.toBe(0);
+  const said = previewed.stdout + previewed.stderr;
+  for (const sentence of [
+    'lost: networks says nothing of "VM Network": give it a libvirt network',
+    "typo: pools names other.vmdk, which the machine does not have",
+    "networks[0].network: there is no network none-such",
+  ])
+    expect(said).toContain(sentence);
+  expect(said).not.toMatch(/unhandled|^ +at /m);
+
+  await project.write(PROGRAM);
   await project.mustRun("config", "rm", "network");
   await project.mustRun("up", "--yes", "--skip-preview");
   const outputs = JSON.parse((await project.mustRun("stack", "output", "--json")).stdout) as { name: string; disks: readonly string[] };
