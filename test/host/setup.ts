@@ -1,11 +1,16 @@
 /** Hosts as a user with an empty home has them. */
 import { mkdir, writeFile } from "node:fs/promises";
-import { userInfo } from "node:os";
+import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import type { Host, Hosts, HostSpec } from "../../provider/host/hosts.ts";
 import { createHosts } from "../../provider/host/open.ts";
 import { openDirectory } from "../bed/directory.ts";
 import type { Sshd } from "../bed/sshd.ts";
+
+/** Hosts as whoever runs the tests has them; the caller closes them. */
+export function createOwnHosts(environment: NodeJS.ProcessEnv = process.env): Hosts {
+  return createHosts({ environment, homeDirectory: homedir(), userName: userInfo().username, userId: process.getuid!() });
+}
 
 /** For expect.poll: how long a busy machine may take to get there. */
 export const PATIENT = { timeout: 10_000 };

@@ -1,11 +1,9 @@
 import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
 import { link, mkdir, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { dirname, join } from "node:path";
 import { promisify } from "node:util";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { createHosts } from "../../provider/host/open.ts";
 import { type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
 import type { Context } from "../../provider/resources/resource.ts";
 import { probe } from "../../provider/transfer/probe.ts";
@@ -13,6 +11,7 @@ import { openDirectory } from "../bed/directory.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
 import { guestByQemu, guestOf, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
 import { openWebServer } from "../transfer/web-server.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 const execute = promisify(execFile);
 const MIB = 1024 * 1024;
@@ -23,12 +22,7 @@ async function openCaller(host: object) {
   const directory = await openDirectory("caller");
   const scratch = join(directory.path, "scratch");
   await mkdir(scratch);
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const lines: string[] = [];
   const context: Context = {
     config: (key) => (key === "virtlift:host" ? JSON.stringify(host) : key === "virtlift:scratch" ? scratch : undefined),

@@ -1,10 +1,8 @@
 import { createHash } from "node:crypto";
 import { appendFileSync } from "node:fs";
 import { appendFile, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { createHosts } from "../../provider/host/open.ts";
 import { type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
 import { clearLeftovers, findLeftovers } from "../../provider/resources/leftovers.ts";
 import type { Context } from "../../provider/resources/resource.ts";
@@ -17,18 +15,14 @@ import { openDirectory } from "../bed/directory.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
 import { openDiskPool, openFsPool } from "../bed/pools.ts";
 import { guestByQemu, mixedGuest, writeRaw } from "../image/qemu.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
 
 /** What the adapter gives to every call, with a source to import. */
 async function openCaller(host: object) {
   const directory = await openDirectory("caller");
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const lines: string[] = [];
   const context: Context = {
     config: (key) => (key === "virtlift:host" ? JSON.stringify(host) : undefined),

@@ -1,12 +1,10 @@
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync, statSync } from "node:fs";
 import { appendFile, link, mkdir, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { ConnectionError } from "../../provider/errors.ts";
-import { createHosts } from "../../provider/host/open.ts";
 import { DISK_CHANGES, type DiskInputs, type DiskState, importedDisk } from "../../provider/resources/imported-disk.ts";
 import { clearLeftovers, findLeftovers } from "../../provider/resources/leftovers.ts";
 import type { Context } from "../../provider/resources/resource.ts";
@@ -16,18 +14,14 @@ import { WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { type KvmHost, type Libvirtd, openKvmHost, openLibvirtd } from "../bed/libvirtd.ts";
 import { guestByQemu, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
 
 /** What the adapter gives to every call, and a folder with a source in it. */
 async function openCaller(host: unknown) {
   const directory = await openDirectory("caller");
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const lines: string[] = [];
   const stop = new AbortController();
   const context: Context = {

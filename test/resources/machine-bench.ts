@@ -1,10 +1,9 @@
 /** What tests of machines share: a private libvirtd, and a context over real hosts whose log lines can be read. */
-import { homedir, userInfo } from "node:os";
-import { createHosts } from "../../provider/host/open.ts";
 import type { Context } from "../../provider/resources/resource.ts";
 import type { MachineInputs } from "../../provider/resources/virtual-machine-spec.ts";
 import { virtualMachine } from "../../provider/resources/virtual-machine.ts";
 import { type Libvirtd, type LibvirtdOptions, openLibvirtd } from "../bed/libvirtd.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 export interface MachineBench extends AsyncDisposable {
   readonly context: Context;
@@ -18,12 +17,7 @@ export interface MachineBench extends AsyncDisposable {
 
 /** `config` is the stack's configuration by its full keys. */
 export function openMachineBench(config: Readonly<Record<string, string>> = {}): MachineBench {
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const logged: string[] = [];
   const context: Context = {
     config: (key) => config[key],

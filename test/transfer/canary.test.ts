@@ -1,19 +1,13 @@
 import { chmod, mkdir, readdir, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { createHosts } from "../../provider/host/open.ts";
 import { readsFarReferences } from "../../provider/transfer/canary.ts";
 import { openDirectory } from "../bed/directory.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 /** This machine as a host with these variables in its commands' environment. */
 function openHosts(environment: Readonly<Record<string, string>>) {
-  return createHosts({
-    environment: { ...process.env, ...environment },
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  return createOwnHosts({ ...process.env, ...environment });
 }
 
 test("this machine's qemu-img follows a reference of 32,000 bytes back, and nothing of the trial is left", async () => {

@@ -2,12 +2,10 @@ import { execFile } from "node:child_process";
 import { createHash, randomBytes } from "node:crypto";
 import { appendFileSync } from "node:fs";
 import { mkdir, open, readdir, readFile, stat, truncate, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { describe, expect, it } from "vitest";
 import { DiskError } from "../../provider/errors.ts";
-import { createHosts } from "../../provider/host/open.ts";
 import { importDisk, type ImportOptions } from "../../provider/transfer/import.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
 import { WORK_FOLDER } from "../../provider/transfer/part-file.ts";
@@ -15,6 +13,7 @@ import { probe } from "../../provider/transfer/probe.ts";
 import { openSource, type SourceSpec } from "../../provider/transfer/source.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { guestByQemu, guestOf, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 const execute = promisify(execFile);
 
@@ -24,12 +23,7 @@ const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest(
 /** A folder of sources, a folder that stands for a pool's, and this machine as host. */
 async function openBench() {
   const directory = await openDirectory("import");
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const host = hosts.open({ uri: "qemu:///system" });
   const pool = join(directory.path, "pool");
   await mkdir(pool);

@@ -3,12 +3,10 @@ import { createHash, randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { existsSync, readFileSync, statSync } from "node:fs";
 import { readdir, readFile, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { ConnectionError } from "../../provider/errors.ts";
-import { createHosts } from "../../provider/host/open.ts";
 import { importDisk, type ImportOptions, type ImportResult } from "../../provider/transfer/import.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
 import { WORK_FOLDER } from "../../provider/transfer/part-file.ts";
@@ -17,6 +15,7 @@ import type { ImportRequest } from "../../scripts/bench/import-once.ts";
 import { descendants } from "../bed/daemon.ts";
 import { openDirectory, type TemporaryDirectory } from "../bed/directory.ts";
 import { type KvmHost, openKvmHost } from "../bed/libvirtd.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 const MIB = 1024 * 1024;
 const SIZE_BYTES = 128 * MIB;
@@ -81,12 +80,7 @@ describe.skipIf(process.getuid!() !== 0)("an import over SSH", () => {
     id: string,
     { strike = async () => {}, ...options }: Partial<ImportOptions> & { readonly strike?: () => Promise<void> } = {},
   ): Promise<ImportResult> {
-    const hosts = createHosts({
-      environment: process.env,
-      homeDirectory: homedir(),
-      userName: userInfo().username,
-      userId: process.getuid!(),
-    });
+    const hosts = createOwnHosts();
     try {
       await using source = await openSource({ file });
       return await importDisk(hosts.open(specOf(host)), strikeAt(STRIKE_BYTES, source, strike), {

@@ -1,26 +1,20 @@
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync } from "node:fs";
 import { link, mkdir, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
-import { createHosts } from "../../provider/host/open.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
 import { FRAME_BYTES, openPartFile, type PartFile, WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { createThrottle } from "../../provider/transfer/throttle.ts";
 import { openDirectory } from "../bed/directory.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 /** A folder that stands for a pool's, this machine as host, and the part of one import. Programs in `programs` hide the machine's. */
 async function openPool(programs: Readonly<Record<string, string>> = {}) {
   const directory = await openDirectory("pool");
   const tools = await openDirectory("tools");
   for (const [name, script] of Object.entries(programs)) await writeFile(join(tools.path, name), script, { mode: 0o755 });
-  const hosts = createHosts({
-    environment: { ...process.env, PATH: `${tools.path}:${process.env["PATH"]}` },
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts({ ...process.env, PATH: `${tools.path}:${process.env["PATH"]}` });
   const host = hosts.open({ uri: "qemu:///system" });
   const finalPath = join(directory.path, "disk.raw");
   return {

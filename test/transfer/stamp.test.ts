@@ -1,14 +1,13 @@
 import { spawn } from "node:child_process";
 import { createInterface } from "node:readline";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { expect, test } from "vitest";
-import { createHosts } from "../../provider/host/open.ts";
 import { importDisk } from "../../provider/transfer/import.ts";
 import { probe } from "../../provider/transfer/probe.ts";
 import { openSource } from "../../provider/transfer/source.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 /** Runs QEMU with the disk attached and lets it do, as its guest's device would, what the monitor commands say. */
 async function runQemu(path: string, commands: readonly string[]): Promise<void> {
@@ -37,12 +36,7 @@ async function runQemu(path: string, commands: readonly string[]): Promise<void>
 
 test("a qcow2's stamp survives what is done to the disk: resize, amend, snapshots, a running QEMU that writes and grows it", async () => {
   await using directory = await openDirectory("stamp");
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const host = hosts.open({ uri: "qemu:///system" });
   const finalPath = join(directory.path, "disk.qcow2");
   const stamp = { importId: "import", origin: "organization/project/stack/web", migrationRef: "wave-3/web" };

@@ -1,12 +1,10 @@
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync } from "node:fs";
 import { readdir, readFile, stat, writeFile } from "node:fs/promises";
-import { homedir, userInfo } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { ConnectionError } from "../../provider/errors.ts";
 import type { Host } from "../../provider/host/hosts.ts";
-import { createHosts } from "../../provider/host/open.ts";
 import { importDisk, type ImportOptions } from "../../provider/transfer/import.ts";
 import { PathTaken } from "../../provider/transfer/part.ts";
 import { openSource } from "../../provider/transfer/source.ts";
@@ -17,6 +15,7 @@ import { runCommand } from "../../scripts/setup/command.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { type Libvirtd, openLibvirtd } from "../bed/libvirtd.ts";
 import { guestByQemu, guestOf, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+import { createOwnHosts } from "../host/setup.ts";
 
 const MIB = 1024 * 1024;
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
@@ -25,12 +24,7 @@ const noise = (sizeBytes: number) => guestOf(sizeBytes, [{ offset: 0, length: si
 /** A pool of a private daemon, a folder for sources, and a host that is spoken to by libvirt alone. */
 async function openBench(libvirtd: Libvirtd, pool = "default", poolPath = libvirtd.poolPath) {
   const directory = await openDirectory("upload");
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const host: Host = hosts.open({ uri: libvirtd.uri });
   const inPool = (name: string) => join(poolPath, name);
   return {

@@ -1,10 +1,9 @@
 /** What tests of the preflight share: a deployment of its own over real hosts, whose log lines can be read. */
-import { homedir, userInfo } from "node:os";
-import { createHosts } from "../../../provider/host/open.ts";
 import { type DiskInputs, type DiskState, importedDisk } from "../../../provider/resources/imported-disk.ts";
 import type { CheckFailure, Context } from "../../../provider/resources/resource.ts";
 import type { MachineInputs } from "../../../provider/resources/virtual-machine-spec.ts";
 import { type MachineState, virtualMachine } from "../../../provider/resources/virtual-machine.ts";
+import { createOwnHosts } from "../../host/setup.ts";
 
 export interface Desk extends AsyncDisposable {
   readonly context: Context;
@@ -30,12 +29,7 @@ export interface Desk extends AsyncDisposable {
 
 /** Opens a deployment. `config` is the stack's configuration by full key; `host` is declared of every resource. */
 export function openDesk(host: unknown, config: Readonly<Record<string, string>> = {}): Desk {
-  const hosts = createHosts({
-    environment: process.env,
-    homeDirectory: homedir(),
-    userName: userInfo().username,
-    userId: process.getuid!(),
-  });
+  const hosts = createOwnHosts();
   const lines: string[] = [];
   const context: Context = {
     config: (key) => config[key],
