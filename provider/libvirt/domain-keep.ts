@@ -7,6 +7,7 @@ import type { ObservedDomain } from "./domain.ts";
 import { parseDisk, parseInterface } from "./domain-devices.ts";
 import { asWritten } from "./domain-others.ts";
 import type { Element } from "./render.ts";
+import { isSame } from "./same.ts";
 import { attribute, child, childrenOf } from "./tree.ts";
 
 /** A definition as it is found. */
@@ -24,6 +25,15 @@ export interface Written {
 export interface GivenDevices {
   readonly disks: readonly { readonly path?: string | undefined; readonly target: string }[];
   readonly interfaces: readonly { readonly mac: string }[];
+}
+
+/** Whether a disk is one of these, by its name or by its file. */
+export function hasDisk({ disks }: Pick<GivenDevices, "disks">, disk: Pick<ObservedDomain["disks"][number], "path" | "target">): boolean {
+  return disks.some(({ path, target }) => target === disk.target || (path !== undefined && path === disk.path));
+}
+
+export function hasInterface({ interfaces }: Pick<GivenDevices, "interfaces">, mac: string): boolean {
+  return interfaces.some((each) => each.mac === mac);
 }
 
 type Facts = readonly (keyof ObservedDomain)[];
@@ -92,15 +102,14 @@ function keepDevices(ours: Element, wanted: ObservedDomain, { domain, observed, 
   const disks = named("disk").flatMap((device) => {
     const disk = parseDisk(device);
     const wish = wanted.disks.find(({ target }) => target === disk.target);
-    const isOurs =
-      given === undefined || given.disks.some(({ path, target }) => target === disk.target || (path !== undefined && path === disk.path));
+    const isOurs = given === undefined || hasDisk(given, disk);
     const isSayable = DISK_TYPES.has(attribute(device, "type") ?? "");
     return (wish ? isSame(wish, disk) || !isSayable : !isOurs) ? [{ key: disk.target, device }] : [];
   });
   const interfaces = named("interface").flatMap((device) => {
     const each = parseInterface(device);
     const wish = wanted.interfaces.find(({ mac }) => mac === each.mac);
-    const isOurs = given === undefined || given.interfaces.some(({ mac }) => mac === each.mac);
+    const isOurs = given === undefined || hasInterface(given, each.mac);
     const isSayable = INTERFACE_TYPES.has(each.type);
     return (wish ? isSame(wish, each) || !isSayable : !isOurs) ? [{ key: each.mac, device }] : [];
   });
@@ -128,9 +137,4 @@ function keepDevices(ours: Element, wanted: ObservedDomain, { domain, observed, 
 
 function isElement(each: Element["children"][number]): each is Element {
   return typeof each !== "string" && "name" in each;
-}
-
-/** A key that is undefined counts as absent. */
-function isSame(one: unknown, other: unknown): boolean {
-  return JSON.stringify(one) === JSON.stringify(other);
 }

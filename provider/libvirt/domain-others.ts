@@ -62,6 +62,7 @@ const KNOWN_ELEMENTS: ReadonlySet<string> = new Set(
 const KNOWN_DEVICES: ReadonlySet<string> = new Set(
   "emulator disk controller interface serial console channel input tpm graphics audio video watchdog memballoon rng".split(" "),
 );
+
 /** What stays of a machine's definition. What `patches` name is left to them: it is the user's to say. */
 export function parseOthers(domain: XmlElement, patches: readonly XmlPatch[]): Others {
   const isPatched = patched(patches);

@@ -1,5 +1,6 @@
 /** What a change of a machine takes: the one table behind diff, update, refusals and `docs/changes.md`. Pure. */
 import type { DiskSpec, InterfaceSpec, ObservedDisk } from "../libvirt/domain-devices.ts";
+import { isSame } from "../libvirt/same.ts";
 import { daemonOf } from "./connect.ts";
 import type { PropertyChange } from "./resource.ts";
 import { hasUnknown } from "./unknown.ts";
@@ -8,7 +9,6 @@ import {
   domainSpec,
   hasHardware,
   interfaceSpec,
-  isSame,
   isWindows,
   type MachineInputs,
   type PlacedNetwork,

@@ -1,7 +1,8 @@
 /** A machine as it is found, in the user's own properties: for drift, and for machines that are adopted. Pure. */
 import type { ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
 import type { ObservedDomain } from "../libvirt/domain.ts";
-import { definitionOf, diskSpecs, domainSpec, interfaceSpec, isSame, type IsSnapshot, type MachineInputs } from "./virtual-machine-spec.ts";
+import { isSame } from "../libvirt/same.ts";
+import { definitionOf, diskSpecs, domainSpec, interfaceSpec, type IsSnapshot, type MachineInputs } from "./virtual-machine-spec.ts";
 
 /** A property's part of the definition, and the property that a machine with that definition has. */
 interface Property {

@@ -11,12 +11,13 @@ import {
   LIBVIRT_ERROR,
 } from "../libvirt/constants.ts";
 import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
-import type { GivenDevices } from "../libvirt/domain-keep.ts";
+import { type GivenDevices, hasDisk, hasInterface } from "../libvirt/domain-keep.ts";
 import { type DomainSpec, type ObservedDomain, parseDomain, renderDisk, renderInterface } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
+import { isSame } from "../libvirt/same.ts";
 import { canPlugDisk, canPlugInterface, canUnplugDisk, canUpdateInterface, isSameDisk, isSameDrive } from "./virtual-machine-changes.ts";
 import { type Guest, powerStateOf } from "./virtual-machine-guest.ts";
-import { isSame, type VolumePlan } from "./virtual-machine-spec.ts";
+import type { VolumePlan } from "./virtual-machine-spec.ts";
 import { sizesOf } from "./virtual-machine-volumes.ts";
 
 /** A guest that lets a device go does so within a second; one that still boots, or has no driver for it, never hears that it is asked. */
@@ -55,14 +56,10 @@ export async function changeLive(guest: Guest, wanted: DomainSpec, given: GivenD
 }
 
 /** The devices that are ours, or are to be: others are not touched. */
-function ownDevices(live: ObservedDomain, given: GivenDevices, wanted: DomainSpec): Pick<ObservedDomain, "disks" | "interfaces"> {
-  const disks = [...given.disks, ...wanted.disks];
-  const interfaces = [...given.interfaces, ...wanted.interfaces];
+function ownDevices(live: ObservedDomain, given: GivenDevices, wanted: GivenDevices): Pick<ObservedDomain, "disks" | "interfaces"> {
   return {
-    disks: live.disks.filter((disk) =>
-      disks.some(({ path, target }) => target === disk.target || (path !== undefined && path === disk.path)),
-    ),
-    interfaces: live.interfaces.filter(({ mac }) => interfaces.some((each) => each.mac === mac)),
+    disks: live.disks.filter((disk) => hasDisk(given, disk) || hasDisk(wanted, disk)),
+    interfaces: live.interfaces.filter(({ mac }) => hasInterface(given, mac) || hasInterface(wanted, mac)),
   };
 }
 

@@ -1,9 +1,9 @@
 /** What check makes of a machine's arguments, and the domain that they stand for. Pure: asks no host. */
 import { createHash } from "node:crypto";
-import { isDeepStrictEqual } from "node:util";
 import type { DiskSpec, InterfaceSpec, ObservedDisk, ObservedInterface } from "../libvirt/domain-devices.ts";
 import { type DomainSpec, type ObservedDomain, type OwnVolume, parseDomain, renderDomain } from "../libvirt/domain.ts";
 import { encodeIso9660 } from "../image/iso9660.ts";
+import { isSame } from "../libvirt/same.ts";
 import type { DeclaredHost } from "./connect.ts";
 import type { DiskRef } from "./schema.ts";
 import type { VirtualMachineArgs } from "./virtual-machine-schema.ts";
@@ -310,15 +310,6 @@ export function interfaceSpec({ network, bridge, direct, mode, mac, model, vlan,
   if (bridge !== undefined) return { type: "bridge", source: bridge, ...more };
   if (direct !== undefined) return { type: "direct", source: direct, mode: mode ?? "bridge", ...more };
   return { type: "user", source: undefined, ...more };
-}
-
-/** Whether two values are the same once they are stored: a key that is undefined counts as absent. */
-export function isSame(one: unknown, other: unknown): boolean {
-  return isDeepStrictEqual(asStored(one), asStored(other));
-}
-
-function asStored(value: unknown): unknown {
-  return value === undefined ? undefined : (JSON.parse(JSON.stringify(value)) as unknown);
 }
 
 /** What is defined, when the specification is. Disks are in the order of their names, as libvirt keeps them, interfaces in that of their addresses. */

@@ -18,6 +18,7 @@ import {
 } from "../libvirt/domain.ts";
 import type { Domain } from "../libvirt/procedures.ts";
 import { PatchError, type XmlPatch } from "../libvirt/xml-patch.ts";
+import { isSame } from "../libvirt/same.ts";
 import { configuredHost, daemonOf, type DeclaredHost, openHost } from "./connect.ts";
 import { machinesReaching } from "./file-users.ts";
 import { assertHome, type Home, homeOf } from "./home.ts";
@@ -55,7 +56,6 @@ import {
   domainSpec,
   hasHardware,
   isDefined,
-  isSame,
   keepSnapshots,
   macOf,
   type MachineInputs,
