@@ -88,3 +88,25 @@ export function isRetryable(error: unknown): boolean {
   if (error instanceof LibvirtError) return RETRYABLE_CODES.has(error.code);
   return error instanceof ConnectionError && ["resolve", "connect", "closed", "timeout"].includes(error.phase);
 }
+
+/** An error as plain data, for another process. */
+export interface PackedError {
+  readonly name: string;
+  readonly message: string;
+  /** The fields of one of ours. */
+  readonly detail: object;
+}
+
+export function packError(error: unknown): PackedError {
+  if (!(error instanceof Error)) return { name: "Error", message: String(error), detail: {} };
+  const { name, message } = error;
+  return { name, message, detail: name in OURS ? { ...error, cause: undefined } : {} };
+}
+
+/** One of ours again, or a plain Error. */
+export function unpackError({ name, message, detail }: PackedError): Error {
+  const open = OURS[name as keyof typeof OURS] as (new (message: string, detail: object) => Error) | undefined;
+  return open === undefined ? new Error(message) : new open(message, detail);
+}
+
+const OURS = { LibvirtError, CommandError, ConnectionError, DiskError };

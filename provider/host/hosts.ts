@@ -24,6 +24,20 @@ export interface HostSpec {
   readonly sudo?: boolean;
 }
 
+/** What the process knows about itself; nothing below reads it from the process. */
+export interface HostsOptions {
+  /** Used: SSH_AUTH_SOCK, XDG_RUNTIME_DIR, XDG_CACHE_HOME, PATH, VIRTD_PATH, LIBVIRTD_PATH, LIBVIRT_AUTOSTART, `${NAME}` in ssh_config; local commands inherit all. */
+  readonly environment: Readonly<Record<string, string | undefined>>;
+  /** Where `~` and `.ssh` are. */
+  readonly homeDirectory: string;
+  /** Who runs this process: the default user of SSH. */
+  readonly userName: string;
+  /** Its effective user id: root has no session daemon of its own. */
+  readonly userId: number;
+  /** ssh_config files, the first one wins. Default: `~/.ssh/config`, then `/etc/ssh/ssh_config`. */
+  readonly sshConfigFiles?: readonly string[];
+}
+
 export interface RunOptions {
   /** Written to the command's stdin, which is then closed. Default: nothing. */
   readonly input?: Uint8Array | string;
@@ -43,6 +57,8 @@ export interface HostStream extends AsyncDisposable {
 /** An open host. Shared by every resource of the process that names it. */
 export interface Host {
   readonly spec: HostSpec;
+  /** What it was opened with: another process that is given both opens the same host. */
+  readonly options: HostsOptions;
   /** For messages: `root@kvm1`, `root@kvm1:2222`, or `this machine`. */
   readonly label: string;
   /** Whether files on the host are files of this process. */

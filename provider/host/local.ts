@@ -9,8 +9,7 @@ import { CommandError, ConnectionError } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
 import { Command, type HostProcess, type ProcessEnd, runToEnd } from "./command.ts";
 import { daemonFailure, daemonForbidden, daemonMissing, daemonSockets, DaemonDoor, type DaemonTransport } from "./daemon.ts";
-import type { Host, HostSpec, HostStream, RunOptions } from "./hosts.ts";
-import type { HostsOptions } from "./open.ts";
+import type { Host, HostsOptions, HostSpec, HostStream, RunOptions } from "./hosts.ts";
 import type { HostAddress } from "./uri.ts";
 
 const LABEL = "this machine";
@@ -42,10 +41,10 @@ const DAEMON_ENVIRONMENT = [
 /** Opens nothing by itself. `spec.uri` must be what `address` was parsed from. */
 export class LocalHost implements Host {
   readonly spec: HostSpec;
+  readonly options: HostsOptions;
   readonly label = LABEL;
   readonly isLocal = true;
   readonly #address: HostAddress;
-  readonly #options: HostsOptions;
   readonly #sudo: boolean;
   readonly #door: DaemonDoor;
   readonly #running = new Set<Command>();
@@ -53,7 +52,7 @@ export class LocalHost implements Host {
   constructor(spec: HostSpec, address: HostAddress, options: HostsOptions) {
     this.spec = spec;
     this.#address = address;
-    this.#options = options;
+    this.options = options;
     this.#sudo = spec.sudo ?? address.sudo ?? false;
     this.#door = new DaemonDoor(LABEL, address.localUri, () => this.#openTransport());
   }
@@ -80,11 +79,7 @@ export class LocalHost implements Host {
   }
 
   #start(argv: readonly string[], signal?: AbortSignal): Command {
-    const command = new Command(
-      startProcess(argv, this.#sudo, this.#options.environment),
-      { argv, label: LABEL, sudo: this.#sudo },
-      signal,
-    );
+    const command = new Command(startProcess(argv, this.#sudo, this.options.environment), { argv, label: LABEL, sudo: this.#sudo }, signal);
     this.#running.add(command);
     void command.done.catch(() => {}).finally(() => this.#running.delete(command));
     return command;
@@ -95,7 +90,7 @@ export class LocalHost implements Host {
       if (this.#address.socket !== undefined) return this.#openHelper(["nc", "-U", this.#address.socket]);
       return this.#openHelper(["virt-ssh-helper", this.#address.localUri]);
     }
-    const { userId, environment, homeDirectory } = this.#options;
+    const { userId, environment, homeDirectory } = this.options;
     // root's session is the system's daemon. Source: remote_sockets.c remoteGetURIDaemonInfo.
     const isSession = this.#address.scope === "session" && userId !== 0 && this.#address.socket === undefined;
     // Source: glib's g_get_user_runtime_dir: the cache folder where there is no XDG_RUNTIME_DIR.
@@ -112,7 +107,7 @@ export class LocalHost implements Host {
   #openHelper(argv: readonly string[]): DaemonTransport {
     const command = this.#start(argv);
     const done = command.done.catch((error: unknown) => {
-      throw daemonFailure(LABEL, this.#options.userName, daemonSockets(this.#address, SYSTEM_RUNTIME_DIRECTORIES), error);
+      throw daemonFailure(LABEL, this.options.userName, daemonSockets(this.#address, SYSTEM_RUNTIME_DIRECTORIES), error);
     });
     done.catch(() => {});
     return { io: command.io, done };
@@ -130,7 +125,7 @@ export class LocalHost implements Host {
       } catch (error) {
         const code = errorCode(error);
         if (code === "ENOENT" || code === "ECONNREFUSED") continue;
-        if (code === "EACCES" || code === "EPERM") throw daemonForbidden(LABEL, this.#options.userName, error);
+        if (code === "EACCES" || code === "EPERM") throw daemonForbidden(LABEL, this.options.userName, error);
         throw new ConnectionError(`libvirt's socket ${path} cannot be opened: ${code ?? String(error)}`, {
           host: LABEL,
           phase: "daemon",
@@ -158,7 +153,7 @@ export class LocalHost implements Host {
   /** Starts the user's own daemon as libvirt's C client does: it serves until nobody has used it for 120 s, and outlives this process. */
   async #startSessionDaemon(sockets: readonly string[]): Promise<DaemonTransport> {
     const path = await this.#findDaemon();
-    const inherited = DAEMON_ENVIRONMENT.map((name) => [name, this.#options.environment[name]] as const);
+    const inherited = DAEMON_ENVIRONMENT.map((name) => [name, this.options.environment[name]] as const);
     const daemon = spawn(path, ["--timeout=120"], {
       detached: true,
       stdio: "ignore",
@@ -186,7 +181,7 @@ export class LocalHost implements Host {
 
   /** Source: remote_sockets.c remoteGetDaemonPathEnv: VIRTD_PATH, then LIBVIRTD_PATH, name the daemon; else it is looked for. */
   async #findDaemon(): Promise<string> {
-    const { environment } = this.#options;
+    const { environment } = this.options;
     const named = environment["VIRTD_PATH"] ?? environment["LIBVIRTD_PATH"];
     if (named !== undefined) return named;
     const names = this.#address.driver === "qemu" && this.#address.mode !== "legacy" ? ["virtqemud", "libvirtd"] : ["libvirtd"];

@@ -5,8 +5,7 @@ import { CommandError, ConnectionError } from "../errors.ts";
 import type { Libvirt } from "../libvirt/client.ts";
 import { Command, type HostProcess, type ProcessEnd, runToEnd, settlesWithin } from "./command.ts";
 import { daemonFailure, DaemonDoor, daemonMissing, daemonSockets, type DaemonTransport } from "./daemon.ts";
-import type { Host, HostSpec, HostStream, RunOptions } from "./hosts.ts";
-import type { HostsOptions } from "./open.ts";
+import type { Host, HostsOptions, HostSpec, HostStream, RunOptions } from "./hosts.ts";
 import { quoteCommand } from "./quote.ts";
 import { absolutePath, resolveSshConfig, type SshSettings } from "./ssh-config.ts";
 import { openSshConnection, type SshConnection, type SshHop } from "./ssh-connection.ts";
@@ -65,6 +64,7 @@ interface Lane {
 /** Opens nothing by itself; the constructor reads ssh_config. Throws ConnectionError (phase "resolve") when that cannot be obeyed. */
 export class SshHost implements Host {
   readonly spec: HostSpec;
+  readonly options: HostsOptions;
   readonly label: string;
   readonly isLocal = false;
   readonly #address: HostAddress & { readonly ssh: SshAddress };
@@ -80,6 +80,7 @@ export class SshHost implements Host {
 
   constructor(spec: HostSpec, address: HostAddress & { readonly ssh: SshAddress }, options: HostsOptions) {
     this.spec = spec;
+    this.options = options;
     this.#address = address;
     this.#hops = planHops(spec, address.ssh, options);
     const last = this.#hops.at(-1);

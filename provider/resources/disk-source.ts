@@ -9,7 +9,7 @@ import { wrappingOf } from "../image/wrapping.ts";
 import { isZip, ZIP_MAGIC_BYTES } from "../image/zip.ts";
 import { fetchOnHost, type HostFetchOptions, lookFromHost } from "../transfer/host-fetch.ts";
 import { shownUrl, urlFileName } from "../transfer/http.ts";
-import { type HostFile, HostFolder, type HostMode } from "../transfer/on-host.ts";
+import { type HostFile, HostFolder, type HostMode, type HostSource } from "../transfer/on-host.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
 import { parseStamp, probe } from "../transfer/probe.ts";
 import { imageAhead, lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../transfer/source.ts";
@@ -21,12 +21,6 @@ import { domainsUsing } from "./usage.ts";
 
 /** Where things are kept on this machine, what stops a long read, and who is told how far the host is when it fetches. */
 export type SourceSettings = Pick<SourceOptions, "scratchFolder" | "signal"> & Pick<HostFetchOptions, "onProgress">;
-
-/** An open source. Where it lies on the host, `onHost` says so: then its bytes stay there. Close it. */
-export interface DeclaredSource {
-  readonly source: OpenSource;
-  readonly onHost: { readonly folder: HostFolder; readonly mode: HostMode } | undefined;
-}
 
 /** What of a declared source decides which bytes it gives: how it is fetched does not. */
 export function sourceIdentity(source: Source): object {
@@ -51,9 +45,12 @@ export function adoptedName({ source, format }: Pick<DiskInputs, "source" | "for
   return { volumeName, diskId: volumeName.endsWith(`.${format}`) ? volumeName.slice(0, -format.length - 1) : volumeName };
 }
 
-/** Opens a source for its import. Throws as `openSource` does; DiskError (step "source") when a source on the host cannot be taken as it is. */
-export async function openDeclared(host: Host, inputs: DiskInputs, settings: SourceSettings): Promise<DeclaredSource> {
-  return open(host, inputs, settings, false);
+/**
+ * Opens what the host itself reads for its import; a URL is fetched first. Throws as `openSource` does; DiskError (step "source") when a source on the
+ * host cannot be taken as it is. Close it.
+ */
+export async function openOnHost(host: Host, inputs: DiskInputs, source: HostRead, settings: SourceSettings): Promise<HostSource> {
+  return "url" in source ? openFetched(host, inputs, source, settings) : open(host, inputs, source, settings, false);
 }
 
 /**
@@ -88,8 +85,9 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
         };
       }
     }
-    const declared = await open(host, inputs, settings, true);
-    await using opened = declared.source;
+    await using opened = isOnHost(source)
+      ? (await open(host, inputs, source, settings, true)).source
+      : await openSource(source, { ...settings, checksum, isPreview: true });
     return await gatherSource(opened);
   } catch (error) {
     if (error instanceof DiskError) return error;
@@ -100,8 +98,10 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
   }
 }
 
-/** Whether the host itself reads the source's bytes, by programs of its own. */
-export function isReadByHost(source: Source): source is Exclude<Source, SourceSpec> | Extract<Source, { readonly url: string }> {
+/** A source whose bytes the host itself reads, by programs of its own. */
+export type HostRead = Exclude<Source, SourceSpec> | Extract<Source, { readonly url: string }>;
+
+export function isReadByHost(source: Source): source is HostRead {
   return isOnHost(source) || isFetchedByHost(source);
 }
 
@@ -158,11 +158,14 @@ function isOnHost(source: Source): source is Exclude<Source, SourceSpec> {
   return "hostPath" in source || "volume" in source;
 }
 
-async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, isPreview: boolean): Promise<DeclaredSource> {
-  const { source } = inputs;
-  if (isFetchedByHost(source)) return openFetched(host, inputs, source, settings);
+async function open(
+  host: Host,
+  inputs: DiskInputs,
+  source: Exclude<Source, SourceSpec>,
+  settings: SourceSettings,
+  isPreview: boolean,
+): Promise<HostSource> {
   const { checksum } = inputs;
-  if (!isOnHost(source)) return { source: await openSource(source, { ...settings, checksum, isPreview }), onHost: undefined };
   const mode = "hostPath" in source ? source.mode : "copy";
   const path = "hostPath" in source ? source.hostPath : await volumePath(host, source.pool ?? inputs.pool, source.volume);
   const folder = new HostFolder(host, path);
@@ -184,7 +187,7 @@ async function open(host: Host, inputs: DiskInputs, settings: SourceSettings, is
     await opened[Symbol.asyncDispose]();
     throw error;
   }
-  return { source: opened, onHost: { folder, mode } };
+  return { source: opened, folder, mode };
 }
 
 /** What the host has fetched, as a source of its own. */
@@ -193,7 +196,7 @@ async function openFetched(
   inputs: DiskInputs,
   source: Extract<Source, { readonly url: string }>,
   settings: SourceSettings,
-): Promise<DeclaredSource> {
+): Promise<HostSource> {
   const { checksum, importId: id, path: finalPath } = inputs;
   const digest = checksum === undefined ? undefined : await resolveChecksum(checksum, urlFileName(source.url), settings);
   const path = await fetchOnHost(host, source, {
@@ -213,7 +216,7 @@ async function openFetched(
     await opened[Symbol.asyncDispose]();
     throw error;
   }
-  return { source: opened, onHost: { folder, mode: "copy" } };
+  return { source: opened, folder, mode: "copy" };
 }
 
 function refusal(path: string, message: string): DiskError {

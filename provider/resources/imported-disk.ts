@@ -5,7 +5,8 @@ import type { z } from "zod";
 import { DiskError, isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { formatBytes, formatSaving, formatSeconds, tellProgress } from "../transfer/progress.ts";
-import { importDisk, type ImportOptions } from "../transfer/import.ts";
+import { importInProcess } from "../transfer/import-process.ts";
+import type { ImportOptions, ImportResult } from "../transfer/import.ts";
 import { removeLeftover } from "../transfer/leftovers.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
@@ -16,7 +17,9 @@ import { configuredHost, daemonOf, openHost } from "./connect.ts";
 import {
   adoptedName,
   isAdopted,
-  openDeclared,
+  type HostRead,
+  isReadByHost,
+  openOnHost,
   publicSource,
   refusalWithoutPrograms,
   sourceIdentity,
@@ -278,37 +281,36 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
   const startedMs = performance.now();
   const refusal = refusalWithoutPrograms(host, inputs, uploadReason);
   if (refusal) throw refusal;
-  const tellFetch = tellProgress(`${inputs.diskId}, to ${host.label}`, (line) => context.log("info", line));
-  const { source, onHost } = await openDeclared(host, inputs, { ...sourceSettings(context), onProgress: tellFetch });
-  await using _closed = source;
-  const virtualSizeBytes = Math.max(inputs.capacity ?? 0, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
-  const { importId, origin, provenance, migrationRef, source: from, verify: verified } = inputs;
-  const options: ImportOptions = {
+  const { importId, origin, provenance, migrationRef, source, verify: verified } = inputs;
+  const options = {
     id: importId,
     finalPath: inputs.path,
     format: inputs.format,
     layout: inputs.layout,
-    capacityBytes: virtualSizeBytes,
+    capacityBytes: inputs.capacity ?? 0,
     verify: verified,
-    stamp: (ends) => ({ importId, origin, provenance, migrationRef, source: publicSource(from), virtualSizeBytes, verified, ...ends }),
-    signal: context.signal,
-    throttle: context.throttle,
+    stamp: { importId, origin, provenance, migrationRef, source: publicSource(source) },
     upload: uploadReason === undefined ? undefined : { pool: pool.name, isBlock: pool.isBlock },
-    onProgress: tellProgress(inputs.diskId, (line) => context.log("info", line)),
   };
-  const result =
-    onHost?.mode === "adopt"
-      ? await adoptOnHost(host, { source, ...onHost }, options)
-      : onHost
-        ? await importOnHost(host, { source, ...onHost }, options)
-        : await importDisk(host, source, options);
+  const { signal, throttle } = context;
+  const onProgress = tellProgress(inputs.diskId, (line) => context.log("info", line));
+  const { scratchFolder } = sourceSettings(context);
+  const isOnHost = isReadByHost(source);
+  const mode = isOnHost && "hostPath" in source ? source.mode : "copy";
+  const result = isOnHost
+    ? await importThere(context, host, inputs, source, { ...options, signal, onProgress })
+    : await importInProcess(
+        { host: host.spec, hosts: host.options, source, sourceOptions: { checksum: inputs.checksum, scratchFolder }, options },
+        { signal, throttle, onProgress },
+      );
+  const { virtualSizeBytes } = result;
   const seconds = (performance.now() - startedMs) / 1000;
   const agreed = verified === "content" ? "its content is the source's, block by block" : "both ends agree on every byte";
   const kept = result.keptBytes > 0 ? `, ${formatBytes(result.keptBytes)} were there from an interrupted run` : "";
   context.log(
     "info",
-    onHost
-      ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${DONE[onHost.mode]} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
+    isOnHost
+      ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${DONE[mode]} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
       : `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
   );
   const { sourceDigest, contentDigest, allocatedBytes, importedAt } = result;
@@ -321,6 +323,23 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
     mountPoint,
     ...(uploadReason !== undefined && { isUploaded: true, uploadedAt: importedAt }),
   };
+}
+
+/** Makes a volume of what the host itself reads. */
+async function importThere(
+  context: Context,
+  host: Host,
+  inputs: DiskInputs,
+  from: HostRead,
+  options: ImportOptions,
+): Promise<ImportResult> {
+  const tellFetch = tellProgress(`${inputs.diskId}, to ${host.label}`, (line) => context.log("info", line));
+  const found = await openOnHost(host, inputs, from, { ...sourceSettings(context), onProgress: tellFetch });
+  const { source } = found;
+  await using _closed = source;
+  const capacityBytes = Math.max(options.capacityBytes, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
+  const whole = { ...options, capacityBytes };
+  return found.mode === "adopt" ? adoptOnHost(host, found, whole) : importOnHost(host, found, whole);
 }
 
 /** How long after its import a disk that no state knows is still taken for that of an engine which was killed before it kept the answer. */

@@ -4,7 +4,7 @@ import { DiskError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { placeStamp, removeStampFrom } from "../image/qcow2.ts";
 import type { Write } from "../image/qcow2-writer.ts";
-import type { ImportOptions, ImportResult } from "./import.ts";
+import { type ImportOptions, type ImportResult, stampOf } from "./import.ts";
 import { digestOnHost, HostFolder, type HostSource } from "./on-host.ts";
 import { WORK_FOLDER } from "./part-file.ts";
 import { probe, removeStamp } from "./probe.ts";
@@ -37,7 +37,7 @@ export async function adoptOnHost(host: Host, { source, folder }: HostSource, op
   const contentDigest =
     format === "raw" ? sourceDigest : `sha256:${await digestFrom(host, finalPath, source.image.granularityBytes, signal)}`;
   const importedAt = Math.floor(Date.now() / 1000);
-  const stamp = Buffer.from(JSON.stringify(options.stamp({ sourceDigest, contentDigest, importedAt })));
+  const stamp = stampOf(options, { sourceDigest, contentDigest, importedAt });
   if (format === "raw") {
     await host.run(["sh", "-c", KEEP_STAMP, "virtlift", posix.join(posix.dirname(finalPath), WORK_FOLDER), id, finalPath], {
       input: stamp,
@@ -54,7 +54,8 @@ export async function adoptOnHost(host: Host, { source, folder }: HostSource, op
       path: finalPath,
     });
   }
-  return { sourceDigest, contentDigest, allocatedBytes: Number(stdout.toString("latin1")) * 512, sentBytes: 0, keptBytes: 0, importedAt };
+  const [virtualSizeBytes, allocatedBytes] = [options.capacityBytes, Number(stdout.toString("latin1")) * 512];
+  return { virtualSizeBytes, sourceDigest, contentDigest, allocatedBytes, sentBytes: 0, keptBytes: 0, importedAt };
 }
 
 /** Takes our stamp off a file that stays, so that it may be adopted again. Does nothing to one that is not ours, or is gone. */

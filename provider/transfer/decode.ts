@@ -1,6 +1,6 @@
 /** What compressed runs hold: guest data when inflated, or the deflate stream itself. */
 import { promisify } from "node:util";
-import { constants, createInflate, createInflateRaw, zstdDecompress } from "node:zlib";
+import { constants, createInflate, createInflateRaw, type Inflate, type InflateRaw, zstdDecompress } from "node:zlib";
 import { viewOf } from "../image/bytes.ts";
 import type { Run } from "../image/image.ts";
 import { ImageError } from "../image/parser.ts";
@@ -18,11 +18,10 @@ const HAS_DICTIONARY = 0x20;
 /** The largest cluster that any format compresses: qcow2's. */
 const MAX_CLUSTER_BYTES = 2 * 1024 * 1024;
 
-interface Limits {
-  readonly maxOutputLength: number;
-  readonly chunkSize: number;
-}
-const zstdAsync = promisify<Uint8Array, Limits, Buffer>(zstdDecompress);
+/** Inflated clusters lie in buffers of this: of the usual 64 KiB every fifth is put together from two. */
+const OUTPUT_BYTES = 256 * 1024 + 64;
+
+const zstdAsync = promisify<Uint8Array, { maxOutputLength: number; chunkSize: number }, Buffer>(zstdDecompress);
 
 /**
  * The `lengthBytes` of guest data in a run that is not plain, on one of libuv's threads. `stored` is what the file holds there.
@@ -62,39 +61,79 @@ export function deflateStreamOf(run: Run, stored: Uint8Array): Uint8Array | unde
 }
 
 async function inflated(run: Run, stored: Uint8Array, maxOutputLength: number): Promise<Buffer> {
-  // A little more than comes: so zlib sees the end in its first call.
-  const limits: Limits = { maxOutputLength, chunkSize: run.lengthBytes + 64 };
   switch (run.encoding) {
     case "grain":
-      return inflateOnce(createInflate, grainStream(run, stored), limits);
+      return inflateBy(grainInflaters, grainStream(run, stored), maxOutputLength);
     case "deflate":
-      return inflateOnce(createInflateRaw, stored, limits);
+      return inflateBy(deflateInflaters, stored, maxOutputLength);
     case "zstd":
-      return zstdAsync(stored.subarray(0, zstdFrameLength(stored)), limits);
+      // A little more than comes: so zstd sees the end in its first call.
+      return zstdAsync(stored.subarray(0, zstdFrameLength(stored)), { maxOutputLength, chunkSize: run.lengthBytes + 64 });
     case "plain":
       throw new Error("a plain run is not inflated");
   }
 }
 
-/** As zlib's own inflate(), which goes to another thread a second time to learn that nothing is left: a third of what a small stream costs. */
-async function inflateOnce(open: typeof createInflate | typeof createInflateRaw, stored: Uint8Array, limits: Limits): Promise<Buffer> {
-  return new Promise((resolve, reject) => {
-    const stream = open({ chunkSize: limits.chunkSize, flush: constants.Z_FINISH });
-    const pieces: Buffer[] = [];
-    let lengthBytes = 0;
-    stream.on("error", reject);
-    stream.on("data", (piece: Buffer) => {
-      pieces.push(piece);
-      lengthBytes += piece.length;
-      if (lengthBytes > limits.maxOutputLength) stream.destroy(new Error(`it inflates to more than ${limits.maxOutputLength} bytes`));
+/** Inflaters without work. A new one for each stream costs half a dozen objects and 50 KiB that only a full collection gives back. */
+const grainInflaters: Inflater[] = [];
+const deflateInflaters: Inflater[] = [];
+const MAX_IDLE_INFLATERS = 16;
+
+async function inflateBy(idle: Inflater[], stored: Uint8Array, maxOutputLength: number): Promise<Buffer> {
+  const inflater = idle.pop() ?? new Inflater(idle === grainInflaters ? createInflate : createInflateRaw);
+  const bytes = await inflater.inflate(stored, maxOutputLength);
+  if (inflater.isReusable && idle.length < MAX_IDLE_INFLATERS) idle.push(inflater);
+  else inflater.close();
+  return bytes;
+}
+
+/** One stream of Node's, for one whole deflate stream after the other. zlib's own inflate() makes a new one each time, and asks it twice. */
+class Inflater {
+  readonly #stream: Inflate | InflateRaw;
+  #pieces: Buffer[] = [];
+  #lengthBytes = 0;
+  #maxOutputLength = 0;
+  #reject: (error: Error) => void = () => {};
+  #isReusable = false;
+
+  constructor(open: typeof createInflate | typeof createInflateRaw) {
+    this.#stream = open({ chunkSize: OUTPUT_BYTES, flush: constants.Z_FINISH });
+    this.#stream.on("error", (error) => this.#reject(error));
+    this.#stream.on("data", (piece: Buffer) => {
+      this.#pieces.push(piece);
+      this.#lengthBytes += piece.length;
+      if (this.#lengthBytes > this.#maxOutputLength)
+        this.#stream.destroy(new Error(`it inflates to more than ${this.#maxOutputLength} bytes`));
     });
-    stream.write(stored, (error) => {
-      // It comes as an event, too.
-      if (error) return;
-      stream.close();
-      resolve(pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces));
+  }
+
+  /** False after a failure, and when the stream ended before its bytes did: Node takes that for the end of all. */
+  get isReusable(): boolean {
+    return this.#isReusable;
+  }
+
+  async inflate(stored: Uint8Array, maxOutputLength: number): Promise<Buffer> {
+    this.#isReusable = false;
+    this.#maxOutputLength = maxOutputLength;
+    this.#lengthBytes = 0;
+    const writtenBefore = this.#stream.bytesWritten;
+    return new Promise((resolve, reject) => {
+      this.#reject = reject;
+      this.#stream.write(stored, (error) => {
+        // It comes as an event, too.
+        if (error) return;
+        const pieces = this.#pieces;
+        this.#pieces = [];
+        this.#isReusable = this.#stream.bytesWritten - writtenBefore === stored.length;
+        if (this.#isReusable) this.#stream.reset();
+        resolve(pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces));
+      });
     });
-  });
+  }
+
+  close(): void {
+    this.#stream.close();
+  }
 }
 
 function grainStream(run: Run, stored: Uint8Array): Uint8Array {

@@ -29,8 +29,11 @@ export interface ImportOptions extends PumpOptions {
   readonly layout: Layout;
   /** At least the source's virtual size. */
   readonly capacityBytes: number;
-  /** What is kept in the volume (qcow2) or beside it (raw), given what is known at the end. Plain JSON, at most 8 KiB. */
-  readonly stamp: (digests: { readonly sourceDigest: string; readonly contentDigest: string; readonly importedAt: number }) => object;
+  /**
+   * What is kept in the volume (qcow2) or beside it (raw), to which the result's digests, `virtualSizeBytes`, `verified` and `importedAt` are added. Plain JSON,
+   * at most 8 KiB.
+   */
+  readonly stamp: object;
   /** `content`: besides, what the host's own qemu-img reads from the finished volume is compared with the source. Default `digest`. */
   readonly verify?: "digest" | "content";
   /** Write a volume of this pool through libvirt's upload stream. Default: a part file, written by a program on the host. */
@@ -39,6 +42,8 @@ export interface ImportOptions extends PumpOptions {
 }
 
 export interface ImportResult {
+  /** What its guest sees. */
+  readonly virtualSizeBytes: number;
   /**
    * `sha256:<hex>` of the source file; of its `sha256sum` lines where an image has several. Of a file with over 1 GiB of holes that nobody vouches for
    * `sha256-data:<hex>`: the SHA-256 of its blocks of 64 KiB that are not all zeros, in their order, each behind its offset as 64 bits, big-endian.
@@ -115,14 +120,23 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   const contentDigest = await target.finish();
   await source.assertUnchanged();
   const importedAt = await part.closingTime();
-  await target.seal(Buffer.from(JSON.stringify(options.stamp({ sourceDigest, contentDigest, importedAt }))));
+  await target.seal(stampOf(options, { sourceDigest, contentDigest, importedAt }));
   if (options.verify === "content" && part.readGuest) {
     const { capacityBytes, signal, finalPath: path, format } = options;
     await verifyContent(await part.readGuest(format), source, runs, { capacityBytes, signal, path, place: host.label });
     await source.assertUnchanged();
   }
   const { allocatedBytes } = await part.publish(importedAt);
-  return { sourceDigest, contentDigest, allocatedBytes, sentBytes: part.sentBytes, keptBytes: part.keptBytes, importedAt };
+  const { sentBytes, keptBytes } = part;
+  return { virtualSizeBytes: options.capacityBytes, sourceDigest, contentDigest, allocatedBytes, sentBytes, keptBytes, importedAt };
+}
+
+/** The bytes of a stamp, given what is known at the end. */
+export function stampOf(
+  { stamp, capacityBytes, verify = "digest" }: ImportOptions,
+  ends: Pick<ImportResult, "sourceDigest" | "contentDigest" | "importedAt">,
+): Buffer {
+  return Buffer.from(JSON.stringify({ ...stamp, virtualSizeBytes: capacityBytes, verified: verify, ...ends }));
 }
 
 /** Whom libvirt's stream serves has no shell to ask qemu-img with. */

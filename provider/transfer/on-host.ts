@@ -10,7 +10,7 @@ import type { Digest } from "../image/manifest.ts";
 import { placeStamp } from "../image/qcow2.ts";
 import { openImage } from "../image/open.ts";
 import { verifyContent } from "./content.ts";
-import { type ImportOptions, type ImportResult, intoPart } from "./import.ts";
+import { type ImportOptions, type ImportResult, intoPart, stampOf } from "./import.ts";
 import { openPartFile, type PartFile, WORK_FOLDER } from "./part-file.ts";
 import { drive, type Folder, MissingFile, Range, refusePath } from "./range.ts";
 import type { OpenSource } from "./source.ts";
@@ -203,7 +203,7 @@ async function fillOnHost(host: Host, part: PartFile, { source, folder, mode }: 
   }
   const contentDigest = `sha256:${await part.digest(options.format === "raw" ? 0 : made.granularityBytes)}`;
   const importedAt = await part.closingTime();
-  const stamp = Buffer.from(JSON.stringify(options.stamp({ sourceDigest, contentDigest, importedAt })));
+  const stamp = stampOf(options, { sourceDigest, contentDigest, importedAt });
   if (options.format === "raw") await part.stamp(stamp);
   else await stampPart(part, work, stamp);
   if (options.verify === "content") {
@@ -213,7 +213,8 @@ async function fillOnHost(host: Host, part: PartFile, { source, folder, mode }: 
   const { allocatedBytes } = await part.publish(importedAt);
   // Its bytes have another name now: only the old name goes, and only while it still leads to them.
   if (mode === "move") await host.run(["sh", "-c", '[ "$1" -ef "$2" ] && rm -- "$1"', "virtlift", file.path, options.finalPath]);
-  return { sourceDigest, contentDigest, allocatedBytes, sentBytes: 0, keptBytes: 0, importedAt };
+  const virtualSizeBytes = options.capacityBytes;
+  return { virtualSizeBytes, sourceDigest, contentDigest, allocatedBytes, sentBytes: 0, keptBytes: 0, importedAt };
 }
 
 /** What the part will occupy, about; undefined where nobody can say. */

@@ -13,7 +13,7 @@ import type { OpenSource } from "./source.ts";
 const PIECE_BYTES = 1024 * 1024;
 
 /** Clusters that are inflated or deflated at the same time, on libuv's threads. */
-const MAX_DECODING = 16;
+const MAX_DECODING = 8;
 
 /** A stream that is smaller than its cluster by this factor may be one of zeros: those deflate by a thousand. */
 const ZEROS_RATIO = 256;

@@ -61,7 +61,8 @@ export function createThrottle(bytesPerSecond: number): Throttle {
   };
 }
 
-async function unlessAborted(work: Promise<void>, signal: AbortSignal | undefined): Promise<void> {
+/** Settles as the work does, but throws the signal's reason as soon as it is aborted. */
+export async function unlessAborted(work: Promise<void>, signal: AbortSignal | undefined): Promise<void> {
   let abandon = () => {};
   const aborted = new Promise<never>((_resolve, reject) => (abandon = () => reject(signal?.reason as Error)));
   signal?.addEventListener("abort", abandon, { once: true });

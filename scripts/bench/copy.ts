@@ -95,7 +95,6 @@ function ours(
     layout,
     verify,
     id: VOLUME,
-    isCompiled: true,
   };
   return {
     name,

@@ -89,7 +89,7 @@ describe.skipIf(process.getuid!() !== 0)("an import over SSH", () => {
         format: "raw",
         layout: "sparse",
         capacityBytes: SIZE_BYTES,
-        stamp: (ends) => ({ importId: id, ...ends }),
+        stamp: { importId: id },
         signal: new AbortController().signal,
         onProgress: () => {},
         ...options,
@@ -129,7 +129,6 @@ describe.skipIf(process.getuid!() !== 0)("an import over SSH", () => {
       layout: "sparse",
       verify: "digest",
       id: "client",
-      isCompiled: false,
     };
     const program = join(import.meta.dirname, "../../scripts/bench/import-once.ts");
     const child = spawn(process.execPath, [program, JSON.stringify(request)], { stdio: "ignore" });

@@ -52,7 +52,7 @@ async function openBench(libvirtd: Libvirtd, pool = "default", poolPath = libvir
         format: "qcow2",
         layout: "sparse",
         capacityBytes: Math.ceil(source.image.virtualSizeBytes / 512) * 512,
-        stamp: (ends) => ({ importId: name, ...ends }),
+        stamp: { importId: name },
         signal: new AbortController().signal,
         upload: { pool, isBlock: pool !== "default", patienceMs: 1000 },
         onProgress: () => {},

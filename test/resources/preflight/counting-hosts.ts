@@ -32,6 +32,7 @@ export function countingHosts(hosts: Hosts): { readonly hosts: Hosts; readonly c
 function countingHost(host: Host, count: Count): Host {
   const libvirts = new WeakMap<Libvirt, Libvirt>();
   return {
+    options: host.options,
     spec: host.spec,
     label: host.label,
     isLocal: host.isLocal,
