@@ -65,6 +65,8 @@ export async function importInProcess(order: ImportOrder, settings: ImportSettin
   const child = fork(PROGRAM, [], {
     execArgv: [...NODE_OPTIONS],
     env: order.hosts.environment,
+    // A terminal's Ctrl-C is for whoever asked, who says what it means.
+    detached: true,
     serialization: "advanced",
     stdio: ["ignore", "ignore", "pipe", "ipc"],
   });

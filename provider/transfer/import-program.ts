@@ -13,8 +13,6 @@ const PROGRESS_MS = 100;
 const abort = new AbortController();
 const waiting: (() => void)[] = [];
 
-// A terminal's Ctrl-C is for whoever asked.
-process.on("SIGINT", () => {});
 process.on("disconnect", () => process.exit());
 process.on("message", (command: Command) => {
   if (command === "abort") abort.abort();

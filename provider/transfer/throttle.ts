@@ -88,10 +88,13 @@ export async function shareThrottle(bytesPerSecond: number): Promise<SharedThrot
   const server = createServer((socket) => {
     sockets.add(socket);
     socket.on("error", () => {}).once("close", () => sockets.delete(socket));
-    createInterface({ input: socket }).on("line", (line) => {
-      const bytes = /^\d{1,9}$/.test(line) ? Number(line) : 0;
-      void throttle.take(Math.min(bytes, PIECE_BYTES)).then(() => socket.writable && socket.write("\n"));
-    });
+    createInterface({ input: socket })
+      .on("line", (line) => {
+        const bytes = /^\d{1,9}$/.test(line) ? Number(line) : 0;
+        void throttle.take(Math.min(bytes, PIECE_BYTES)).then(() => socket.writable && socket.write("\n"));
+      })
+      // The socket's, a second time: whoever asked may die with a grant on its way.
+      .on("error", () => {});
   });
   const path = join(folder, "bandwidth");
   server.listen(path);

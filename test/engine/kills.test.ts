@@ -26,8 +26,10 @@ async function openBed() {
   const running = project.start("up", "--yes", "--skip-preview");
   const partBytes = await waitForPart(join(libvirtd.poolPath, ".virtlift"), running);
   const provider = providerOf(pulumi.env["PULUMI_HOME"] ?? "");
+  const importer =
+    descendants(provider).find((pid) => commandLineOf(pid).includes("import-program")) ?? expect.unreachable("nobody imports");
   // The writers sleep, so that nothing is finished before anybody is killed.
-  const writers = descendants(provider);
+  const writers = descendants(importer);
   for (const pid of writers) process.kill(pid, "SIGSTOP");
   const held = stack.move();
   return {
@@ -35,6 +37,7 @@ async function openBed() {
     project,
     running,
     provider,
+    importer,
     writers,
     partBytes,
     wakeWriters: () => writers.filter(isAlive).forEach((pid) => process.kill(pid, "SIGCONT")),
@@ -47,6 +50,16 @@ async function openBed() {
     },
     [Symbol.asyncDispose]: () => held.disposeAsync(),
   };
+}
+
+/** Empty for a process that has ended meanwhile. */
+function commandLineOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+  } catch {
+    // ENOENT, ESRCH.
+    return "";
+  }
 }
 
 /** Whether it runs; an orphan that init has not reaped yet does not. Source: proc_pid_stat(5), the third field. */
@@ -83,7 +96,7 @@ function providerOf(home: string): number {
     .filter(Boolean)
     .find((each) => {
       try {
-        const [program, script] = readFileSync(`/proc/${each}/cmdline`, "utf8").split("\0");
+        const [program, script] = commandLineOf(each).split("\0");
         const isProvider = program?.endsWith("node") === true && script?.includes("cmd/dynamic-provider") === true;
         return isProvider && readFileSync(`/proc/${each}/environ`, "utf8").split("\0").includes(`PULUMI_HOME=${home}`);
       } catch {
@@ -101,10 +114,22 @@ test("after kill -9 of the provider nothing is in state, and the next up goes on
   const killed = await bed.running.ended;
   expect(killed.exitCode).not.toBe(0);
   expect(await bed.pulumi.readState("program")).not.toContain("virtlift:ImportedDisk");
-  await expect.poll(() => bed.writers.filter(isAlive)).toEqual([]);
+  await expect.poll(() => [bed.importer, ...bed.writers].filter(isAlive)).toEqual([]);
 
   const { stdout } = await bed.project.mustRun("up", "--yes", "--skip-preview");
   expect(stdout).toContain("both ends agree on every byte");
+  await bed.expectConverged();
+}, 90_000);
+
+test("after kill -9 of the process that imports the provider says so, and the next up goes on and finishes", async () => {
+  await using bed = await openBed();
+  process.kill(bed.importer, "SIGKILL");
+  bed.wakeWriters();
+  const killed = await bed.running.ended;
+  expect(killed.exitCode).not.toBe(0);
+  expect(killed.stdout + killed.stderr).toContain("the process that imports was killed by SIGKILL; what it brought over is kept");
+  await expect.poll(() => bed.writers.filter(isAlive)).toEqual([]);
+  await bed.project.mustRun("up", "--yes", "--skip-preview");
   await bed.expectConverged();
 }, 90_000);
 
@@ -121,7 +146,7 @@ test("after kill -9 of the engine the provider stops by itself, and cancel, refr
   await bed.project.mustRun("refresh", "--yes", "--skip-preview", "--clear-pending-creates");
   const { stdout } = await bed.project.mustRun("up", "--yes", "--skip-preview");
   expect(stdout).toContain("both ends agree on every byte");
-  expect(bed.writers.filter(isAlive)).toEqual([]);
+  expect([bed.importer, ...bed.writers].filter(isAlive)).toEqual([]);
   await expect.poll(() => isAlive(bed.provider), { timeout: 10_000 }).toBe(false);
   await bed.expectConverged();
 }, 90_000);
