@@ -9,17 +9,19 @@ import type { Domain } from "./libvirt/procedures.ts";
 import { openHost } from "./resources/connect.ts";
 import { clearLeftovers, findLeftovers, type PoolLeftover } from "./resources/leftovers.ts";
 import { type CheckReport, type CheckRequest, checkSource } from "./resources/preflight/check.ts";
+import { ASSUMED_BYTES_PER_SECOND } from "./resources/preflight/disk-rules.ts";
 import { directoryPools } from "./resources/pool.ts";
 import type { Context } from "./resources/resource.ts";
 import { HostSchema } from "./resources/schema.ts";
 import { virtualMachine } from "./resources/virtual-machine.ts";
+import { formatKind } from "./transfer/progress.ts";
 import { openSource, type SourceSpec } from "./transfer/source.ts";
 import { type SharedThrottle, shareThrottle } from "./transfer/throttle.ts";
 
 /** What a copy of a source takes. */
 export interface SourceMeasure {
   readonly path: string;
-  /** `vmdk streamOptimized`. */
+  /** `vmdk streamOptimized`, `raw`. */
   readonly format: string;
   readonly virtualSizeBytes: number;
   /** An upper bound of the guest's data in it: what a sparse volume of it takes, and what is sent for one. */
@@ -41,6 +43,8 @@ export interface HostSurvey {
 
 /** Everything wants a host as programs declare it: a URI, or the object. Close it with `await using`. */
 export interface Toolbox extends AsyncDisposable {
+  /** What previews assume of a copy, of which nothing was measured yet. */
+  readonly assumedBytesPerSecond: number;
   /** Findings about a machine on its host, by the rules of the resource; `inputs` is as the class sends it. Empty when it may be made. */
   checkMachine(inputs: Readonly<Record<string, unknown>>): Promise<readonly string[]>;
   /** Reads a source's header and tables. Throws DiskError as an import of it would. */
@@ -61,6 +65,7 @@ export function createToolbox(hosts: Hosts, config: Context["config"]): Toolbox 
   const context: Context = { config, hosts, log: () => undefined, signal: new AbortController().signal };
   const open = (host: unknown) => openHost(context, HostSchema.parse(host));
   return {
+    assumedBytesPerSecond: ASSUMED_BYTES_PER_SECOND,
     async checkMachine(inputs) {
       const { failures } = await virtualMachine.check(context, undefined, inputs);
       return failures.map(({ reason }) => reason);
@@ -72,7 +77,7 @@ export function createToolbox(hosts: Hosts, config: Context["config"]): Toolbox 
       const { dataBytes } = await opened.runs();
       return {
         path,
-        format: `${image.format} ${image.variant}`,
+        format: formatKind(image),
         virtualSizeBytes: image.virtualSizeBytes,
         // Plain data cannot be more than what the files occupy, holes left out.
         dataBytes: image.format === "raw" ? Math.min(dataBytes, allocatedBytes) : dataBytes,

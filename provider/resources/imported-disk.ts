@@ -4,7 +4,7 @@ import { posix } from "node:path";
 import type { z } from "zod";
 import { DiskError, isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
-import { formatBytes, formatSaving, formatSeconds, tellProgress } from "../transfer/progress.ts";
+import { formatArrival, formatBytes, formatSeconds, tellProgress } from "../transfer/progress.ts";
 import { importInProcess } from "../transfer/import-process.ts";
 import type { ImportOptions, ImportResult } from "../transfer/import.ts";
 import { removeLeftover } from "../transfer/leftovers.ts";
@@ -306,12 +306,11 @@ async function importOrAdopt(context: Context, host: Host, inputs: DiskInputs): 
   const { virtualSizeBytes } = result;
   const seconds = (performance.now() - startedMs) / 1000;
   const agreed = verified === "content" ? "its content is the source's, block by block" : "both ends agree on every byte";
-  const kept = result.keptBytes > 0 ? `, ${formatBytes(result.keptBytes)} were there from an interrupted run` : "";
   context.log(
     "info",
     isOnHost
       ? `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual ${DONE[mode]} on ${host.label} itself in ${formatSeconds(seconds)}, nothing on the wire`
-      : `${inputs.diskId}: ${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(result.sentBytes)} on the wire (${formatSaving(result.sentBytes, virtualSizeBytes)}) in ${formatSeconds(seconds)}${kept}; ${agreed}`,
+      : `${inputs.diskId}: ${formatArrival(result)} in ${formatSeconds(seconds)}; ${agreed}`,
   );
   const { sourceDigest, contentDigest, allocatedBytes, importedAt } = result;
   return {

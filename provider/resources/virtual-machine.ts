@@ -323,17 +323,17 @@ function showXml(context: Context, inputs: MachineInputs): void {
   for (const line of renderDomain(domainSpec(inputs, volumes)).trimEnd().split("\n")) tell(context, "info", `${inputs.name}: ${line}`);
 }
 
-/** The properties whose change needs a restart that the user did not consent to. What is going to happen with consent, and a start, is said. */
+/** The properties whose change needs a restart that the user did not consent to. What is going to happen with consent, and to its power, is said. */
 async function restartsOf(context: Context, libvirt: Libvirt, inputs: MachineInputs, olds: MachineInputs): Promise<readonly string[]> {
   const changes = changesOf(olds, inputs);
   const properties = changes.filter(({ effect }) => effect === "restart").map(({ property }) => property);
-  if (changes.length === 0 || inputs.powerState === "stopped") return [];
+  if (changes.length === 0) return [];
   const domain = await findDomain(libvirt, inputs.uuid);
   if (!domain) return [];
-  if ((await powerStateOf({ libvirt, domain })) === "stopped") {
-    tell(context, "info", `${inputs.name}: it is off, and is started: declare \`powerState: "stopped"\` to leave it so`);
-    return [];
-  }
+  const found = await powerStateOf({ libvirt, domain });
+  if (found !== inputs.powerState)
+    tell(context, "info", `${inputs.name}: ${powerWords(found, inputs.powerState)}: declare \`powerState: "${found}"\` to leave it so`);
+  if (found === "stopped" || inputs.powerState === "stopped") return [];
   if (properties.length === 0) return [];
   // What somebody else defined and did not start goes without a restart.
   if (await runsAs(libvirt, domain, inputs)) return [];
@@ -347,6 +347,13 @@ async function restartsOf(context: Context, libvirt: Libvirt, inputs: MachineInp
     case "fail":
       return properties;
   }
+}
+
+/** What is going to happen to a machine that was found in one state and is declared in another. */
+function powerWords(found: MachineInputs["powerState"], declared: MachineInputs["powerState"]): string {
+  if (found === "stopped") return "it is off, and is started";
+  if (declared === "stopped") return `it ${found === "paused" ? "is paused" : "runs"}, and is shut down`;
+  return found === "paused" ? "it is paused, and goes on" : "it runs, and is paused";
 }
 
 async function diff(_context: Context, _id: string, olds: MachineState, news: MachineInputs) {

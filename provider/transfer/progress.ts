@@ -13,18 +13,38 @@ export function formatBytes(bytes: number): string {
   return `${unit === 0 || value >= 100 ? Math.round(value) : value.toPrecision(value >= 10 ? 3 : 2)} ${UNITS[unit]}`;
 }
 
-/** `8 s`, `3 min 20 s`, `2 h 5 min`. */
+/** `0.7 s`, `8 s`, `3 min 20 s`, `2 h 5 min`; at least `0.1 s` where it took any time at all. */
 export function formatSeconds(seconds: number): string {
+  if (seconds > 0 && seconds < 0.95) return `${Math.max(0.1, seconds).toFixed(1)} s`;
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
-/** What was saved on the wire: `88 % of its size saved`; `nothing saved` when as much or more was sent. */
-export function formatSaving(sentBytes: number, virtualSizeBytes: number): string {
-  const percent = Math.floor((1 - sentBytes / virtualSizeBytes) * 100);
-  return percent > 0 ? `${percent} % of its size saved` : "nothing saved";
+/** `vmdk streamOptimized`; `raw` where the format has no kinds. */
+export function formatKind({ format, variant }: { readonly format: string; readonly variant: string }): string {
+  return format === variant ? format : `${format} ${variant}`;
+}
+
+/**
+ * How a disk came: `64.0 MiB virtual arrived as 10.7 MiB on the wire (83 % of its size saved)`. What an interrupted run had brought is told apart from
+ * what was sent now, and counts as brought, not as saved.
+ */
+export function formatArrival({
+  virtualSizeBytes,
+  sentBytes,
+  keptBytes,
+}: {
+  readonly virtualSizeBytes: number;
+  readonly sentBytes: number;
+  readonly keptBytes: number;
+}): string {
+  const percent = Math.floor((1 - (sentBytes + keptBytes) / virtualSizeBytes) * 100);
+  const saving = percent > 0 ? `${percent} % of its size saved` : "nothing saved";
+  const resumed =
+    keptBytes > 0 ? `: ${formatBytes(sentBytes)} sent now, ${formatBytes(keptBytes)} resumed from an interrupted run` : " on the wire";
+  return `${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(sentBytes + keptBytes)}${resumed} (${saving})`;
 }
 
 /** No line earlier than this after the last: a quick copy needs none. */

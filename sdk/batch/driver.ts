@@ -256,7 +256,11 @@ export class Batch implements AsyncDisposable {
         },
       ),
     );
-    const plan = planBatch(previewed, surveys, { seen: seenRate(journal.records), limit: this.manifest.limits.bandwidth });
+    const plan = planBatch(previewed, surveys, {
+      assumed: tools.assumedBytesPerSecond,
+      seen: seenRate(journal.records),
+      limit: this.manifest.limits.bandwidth,
+    });
     for (const { machine, findings } of plan.machines)
       journal.append({ record: "planned", run: this.#run, atMs: Date.now(), machine: machine.name, findings });
     return plan;

@@ -42,16 +42,16 @@ export interface BatchPlan {
   readonly machines: readonly MachinePlan[];
   /** Whether every machine may start. */
   readonly isClear: boolean;
-  /** What the estimates assume. */
+  /** What the estimates reckon with, and where that is from. */
   readonly bytesPerSecond: number;
+  readonly basis: keyof Rates;
 }
-
-/** What a copy over a network of 1 Gbit/s brings, until a copy of the batch's own was seen. */
-export const ASSUMED_BYTES_PER_SECOND = 100 * 1024 * 1024;
 
 /** Bytes per second. */
 export interface Rates {
-  /** Of the copies that the batch has made. Default: what is assumed. */
+  /** What previews assume. */
+  readonly assumed: number;
+  /** Of the copies that the batch has made, which count in place of what is assumed. */
   readonly seen?: number | undefined;
   /** What all copies together may send. Default: no limit. */
   readonly limit?: number | undefined;
@@ -61,9 +61,11 @@ export interface Rates {
 export function planBatch(
   previewed: readonly Previewed[],
   surveys: ReadonlyMap<string, HostSurvey>,
-  { seen = ASSUMED_BYTES_PER_SECOND, limit = Number.POSITIVE_INFINITY }: Rates = {},
+  { assumed, seen, limit = Number.POSITIVE_INFINITY }: Rates,
 ): BatchPlan {
-  const bytesPerSecond = Math.min(seen, limit);
+  const expected = seen ?? assumed;
+  const bytesPerSecond = Math.min(expected, limit);
+  const basis = limit < expected ? "limit" : seen === undefined ? "assumed" : "seen";
   const shared = [
     ...collisions(previewed),
     ...macWarnings(previewed),
@@ -85,7 +87,7 @@ export function planBatch(
       findings,
     };
   });
-  return { machines, isClear: machines.every(({ action }) => action !== "blocked"), bytesPerSecond };
+  return { machines, isClear: machines.every(({ action }) => action !== "blocked"), bytesPerSecond, basis };
 }
 
 function actionOf(steps: readonly Step[]): MachinePlan["action"] {

@@ -13,9 +13,9 @@ export function formatBytes(bytes: number): string {
   return `${unit === 0 || value >= 100 ? Math.round(value) : value.toPrecision(value >= 10 ? 3 : 2)} ${UNITS[unit]}`;
 }
 
-/** `0.7 s`, `8 s`, `3 min 20 s`, `2 h 5 min`. */
+/** `0.7 s`, `8 s`, `3 min 20 s`, `2 h 5 min`; at least `0.1 s` where it took any time at all. */
 export function formatSeconds(seconds: number): string {
-  if (seconds > 0 && seconds < 2) return `${Math.max(0.1, seconds).toFixed(1)} s`;
+  if (seconds > 0 && seconds < 0.95) return `${Math.max(0.1, seconds).toFixed(1)} s`;
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;

@@ -187,11 +187,17 @@ const report: Command = {
 
 export const batchCommands: readonly Command[] = [plan, up, status, refresh, destroy, report];
 
-function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolean): void {
+const BASIS_WORDS: Readonly<Record<BatchPlan["basis"], string>> = {
+  assumed: "as is assumed until a copy was seen",
+  seen: "as the copies of this batch went",
+  limit: "the limit of this batch",
+};
+
+function showPlan({ machines, isClear, bytesPerSecond, basis }: BatchPlan, json: boolean): void {
   if (json) {
     for (const { machine, ...rest } of machines)
       stdout.write(`${JSON.stringify({ event: "plan", machine: machine.name, wave: machine.wave, target: machine.hostName, ...rest })}\n`);
-    stdout.write(`${JSON.stringify({ event: "planned", isClear, bytesPerSecond })}\n`);
+    stdout.write(`${JSON.stringify({ event: "planned", isClear, bytesPerSecond, basis })}\n`);
     return;
   }
   const rows = machines.map(({ machine, action, disks, virtualSizeBytes, wireBytes, estimateSeconds, findings }) => {
@@ -222,7 +228,9 @@ function showPlan({ machines, isClear, bytesPerSecond }: BatchPlan, json: boolea
         );
   const wireBytes = machines.reduce((sum, each) => sum + each.wireBytes, 0);
   const copies =
-    wireBytes === 0 ? "nothing is to be copied" : `about ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s`;
+    wireBytes === 0
+      ? "nothing is to be copied"
+      : `about ${formatBytes(wireBytes)} to send, estimated at ${formatBytes(bytesPerSecond)}/s, ${BASIS_WORDS[basis]}`;
   stdout.write(`${isClear ? "all machines may start" : "not all machines may start"}; ${copies}\n`);
 }
 

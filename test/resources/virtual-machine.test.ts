@@ -269,6 +269,9 @@ describe("check", () => {
     expect(await desk.failures(args(host, { ...more, onRestartRequired: "defer" }), inputs)).toEqual([]);
     expect(desk.logged.at(-1)).toBe("info: web: vcpus will change at the guest's next start");
     expect(await desk.failures(args(host, { ...more, powerState: "stopped" }), inputs)).toEqual([]);
+    expect(desk.logged.at(-1)).toBe('info: web: it runs, and is shut down: declare `powerState: "running"` to leave it so');
+    expect(await desk.failures(args(host, { powerState: "paused" }), inputs)).toEqual([]);
+    expect(desk.logged.at(-1)).toBe('info: web: it runs, and is paused: declare `powerState: "running"` to leave it so');
   });
 });
 

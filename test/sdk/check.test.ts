@@ -22,7 +22,7 @@ test("its exit code tells the worst level, and its findings come as a table or a
   await writeFile(file, Buffer.alloc(65_536, 1));
   const fine = await virtlift("check", file, "--host", libvirtd.uri);
   expect(fine).toMatchObject({ code: 0, stderr: "" });
-  expect(fine.stdout).toMatch(/plain\.raw \(raw .*-> this machine:.*\n[\s\S]*info +disk 0 +checksum: .*\(virtlift\/no-checksum\)/);
+  expect(fine.stdout).toMatch(/plain\.raw \(raw, .*-> this machine:.*\n[\s\S]*info +disk 0 +checksum: .*\(virtlift\/no-checksum\)/);
 
   const zeros = join(libvirtd.directory, "zeros.qcow2");
   await qemuImg("create", "-q", "-f", "qcow2", zeros, "1M");

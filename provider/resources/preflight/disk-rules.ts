@@ -2,7 +2,7 @@
 import { DiskError } from "../../errors.ts";
 import type { OvfPackage, PackagedDisk } from "../../image/ova.ts";
 import { quoted } from "../../image/words.ts";
-import { formatBytes, formatSeconds } from "../../transfer/progress.ts";
+import { formatBytes, formatKind, formatSeconds } from "../../transfer/progress.ts";
 import type { VolumeFile } from "../../transfer/probe.ts";
 import type { DiskInputs } from "../imported-disk.ts";
 import { capacityOf, type DiskFacts, neededBytes } from "./disk-facts.ts";
@@ -379,8 +379,11 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
   },
 ];
 
-/** What an import is taken to reach at most, whatever the connection: about what two cores do that hash at both ends. */
-const COPY_BYTES_PER_SECOND = 200 * 1024 * 1024;
+/**
+ * What an import is taken to reach at most as long as nothing of its kind was measured, in previews and in the plans of batches: about what 1 Gbit/s
+ * carries, and what two cores do that compress nothing and hash at both ends.
+ */
+export const ASSUMED_BYTES_PER_SECOND = 100 * 1024 * 1024;
 
 interface Rate {
   readonly bytesPerSecond: number;
@@ -407,13 +410,13 @@ export function describeCopy(
 ): string {
   const { inputs, host } = facts;
   const { bytesPerSecond, basis } = slowestOf([
-    { bytesPerSecond: COPY_BYTES_PER_SECOND, basis: "assumed, as nothing was measured that is slower" },
+    { bytesPerSecond: ASSUMED_BYTES_PER_SECOND, basis: "assumed, as nothing was measured that is slower" },
     { bytesPerSecond: rates.link, basis: "as measured on this connection just now" },
     { bytesPerSecond: rates.limit, basis: "to which this run is limited" },
   ]);
   const seconds = Math.max(1, Math.ceil(wireBytes / bytesPerSecond));
   const size = source.virtualSizeBytes === 0 ? "of a size that shows on import" : `${formatBytes(capacityOf(facts) ?? 0)} virtual`;
-  const from = `${source.path} (${source.format} ${source.variant}, ${size}) -> ${host.label}:${inputs.path}`;
+  const from = `${source.path} (${formatKind(source)}, ${size}) -> ${host.label}:${inputs.path}`;
   if ("hostPath" in inputs.source || "volume" in inputs.source) {
     const mode = "hostPath" in inputs.source ? inputs.source.mode : "copy";
     if (mode === "adopt") return `${from}, adopted as it is: its stamp is written, and nothing is copied`;
