@@ -7,6 +7,7 @@ import { CommandError, DiskError } from "../errors.ts";
 import type { Host, HostStream } from "../host/hosts.ts";
 import { FrameBuffer } from "./frame-buffer.ts";
 import { HashThread } from "./hash-thread.ts";
+import { PackingChoice, packFrame } from "./packing.ts";
 import { type GuestOnHost, type Part, pathTaken } from "./part.ts";
 import { RECEIVER } from "./receiver.ts";
 import { type Throttle, throttled } from "./throttle.ts";
@@ -44,12 +45,12 @@ export interface PartFileOptions {
 }
 
 /** Opens the part file of an import on the host, taking its lock. Throws PathTaken when the final path exists, DiskError when another writer holds the lock. */
-export async function openPartFile(host: Host, options: PartFileOptions): Promise<PartFile> {
+export async function openPartFile(host: Pick<Host, "label" | "isLocal" | "stream">, options: PartFileOptions): Promise<PartFile> {
   const work = posix.join(posix.dirname(options.finalPath), WORK_FOLDER);
   const deadline = Date.now() + (options.lockPatienceMs ?? LOCK_PATIENCE_MS);
   for (;;) {
     const stream = await host.stream(["sh", "-c", RECEIVER, "virtlift", work, options.id, options.finalPath], { signal: options.signal });
-    const part = new PartFile(stream, host.label, options);
+    const part = new PartFile(stream, host, options);
     const state = await part.begin();
     if (state === "ready") return part;
     await part[Symbol.asyncDispose]();
@@ -82,6 +83,9 @@ export class PartFile implements Part {
   /** Settles when the transport has taken the last frame. */
   #sending: Promise<void> = Promise.resolve();
   #abandonWrite: (error: unknown) => void = () => {};
+  readonly #isLocal: boolean;
+  /** Absent where nothing can be packed, or need not be. */
+  #packing: PackingChoice | undefined;
   /** Where this run's frames lie, in the order in which they came. */
   readonly #placed: { readonly offset: number; lengthBytes: number }[] = [];
   #endBytes = 0;
@@ -89,9 +93,14 @@ export class PartFile implements Part {
   #sentBytes = 0;
   #keptBytes = 0;
 
-  constructor(stream: HostStream, host: string, options: Pick<PartFileOptions, "finalPath" | "hashesAll" | "throttle" | "signal">) {
+  constructor(
+    stream: HostStream,
+    host: Pick<Host, "label" | "isLocal">,
+    options: Pick<PartFileOptions, "finalPath" | "hashesAll" | "throttle" | "signal">,
+  ) {
     this.#stream = stream;
-    this.#host = host;
+    this.#host = host.label;
+    this.#isLocal = host.isLocal;
     this.#path = options.finalPath;
     this.#throttle = options.throttle;
     this.#signal = options.signal;
@@ -116,6 +125,10 @@ export class PartFile implements Part {
   /** The receiver's first word. */
   async begin(): Promise<"ready" | "busy" | "exists"> {
     const answer = await this.#answers.next();
+    if (answer === "ready zstd") {
+      if (!this.#isLocal) this.#packing = new PackingChoice();
+      return "ready";
+    }
     if (answer === "ready" || answer === "busy" || answer === "exists") return answer;
     throw this.#unexpected(answer);
   }
@@ -278,10 +291,11 @@ export class PartFile implements Part {
       return;
     }
     while (this.#sent.size >= MAX_FRAMES_IN_FLIGHT) await this.#confirm();
-    await this.#send(`write ${key}\n`);
+    // Packed while the frame before it leaves.
+    const packing = this.#packing?.isPacked === true && bytes.length > MAX_SMALL_FRAME_BYTES ? packFrame(bytes) : undefined;
+    await this.#afterSending();
     this.#sent.set(key, digest);
-    this.#sentBytes += bytes.length;
-    this.#sending = this.#writeFrame(bytes);
+    this.#sending = this.#sendFrame(key, bytes, packing);
     // Who sends or waits next hears of a failure.
     void Promise.allSettled([this.#sending, digest]).then(() => this.#frames.release(frame));
   }
@@ -319,9 +333,14 @@ export class PartFile implements Part {
 
   /** Resolves when the transport has taken the bytes, and all before them. */
   async #send(bytes: string | Uint8Array): Promise<void> {
+    await this.#afterSending(() => this.#write(bytes));
+  }
+
+  /** Does it when the last frame has left. */
+  async #afterSending(work?: () => Promise<void>): Promise<void> {
     try {
       await this.#sending;
-      await this.#write(bytes);
+      await work?.();
     } catch (error) {
       // The receiver's last line says why it hung up; the broken pipe is only how we noticed.
       for (;;) {
@@ -331,8 +350,14 @@ export class PartFile implements Part {
     }
   }
 
-  async #writeFrame(bytes: Uint8Array): Promise<void> {
-    for await (const piece of throttled(bytes, this.#throttle, this.#signal)) await this.#write(piece);
+  async #sendFrame(key: string, bytes: Uint8Array, packing: Promise<readonly Uint8Array[] | undefined> | undefined): Promise<void> {
+    const packed = await packing;
+    const pieces = packed ?? [bytes];
+    const wireBytes = pieces.reduce((sum, { length }) => sum + length, 0);
+    await this.#write(packed === undefined ? `write ${key}\n` : `unpack ${key} ${wireBytes}\n`);
+    for (const piece of pieces) for await (const part of throttled(piece, this.#throttle, this.#signal)) await this.#write(part);
+    this.#sentBytes += wireBytes;
+    if (bytes.length > MAX_SMALL_FRAME_BYTES) this.#packing?.left(bytes.length, packing !== undefined, performance.now());
   }
 
   /** One write at a time. */

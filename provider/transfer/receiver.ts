@@ -11,9 +11,10 @@ const SILENCE_SECONDS = 30;
  *
  * | command               | does                                                                | answers                                    |
  * |-----------------------|---------------------------------------------------------------------|--------------------------------------------|
- * | (start)               | takes the lock                                                      | `ready`, `busy`, or `exists`               |
+ * | (start)               | takes the lock                                                      | `ready`, `ready zstd`, `busy`, or `exists` |
  * | `resume`              | hashes the frames that an earlier run noted, or empties the part    | `have OFFSET LENGTH SHA256`..., then `ok`  |
  * | `write OFFSET LENGTH` | writes the LENGTH bytes that follow, then hashes them from the file | `have OFFSET LENGTH SHA256`, in any order  |
+ * | `unpack OFFSET LENGTH PACKED` | the same of LENGTH bytes that follow as PACKED bytes of zstd, which it has | the same                    |
  * | `clear OFFSET LENGTH` | makes zeros of a range, as far as the part reaches                  | `ok`                                       |
  * | `size BYTES`          | sets the part's size                                                | `ok`                                       |
  * | `allocate BYTES`      | allocates the part in full                                          | `ok`                                       |
@@ -88,10 +89,10 @@ done
 : >>"$part"
 rm -f -- "$guest"
 trap 'rm -f -- "$guest"' EXIT
-echo ready
+if command -v zstd >/dev/null 2>&1; then echo ready zstd; else echo ready; fi
 idle=waiting
-while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second; do
-  [ "$verb" = write ] || echo working >/dev/fd/9
+while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second third; do
+  case $verb in write | unpack) ;; *) echo working >/dev/fd/9 ;; esac
   idle=waiting
   case $verb in
   resume)
@@ -105,8 +106,17 @@ while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second; do
       message=$(truncate -s 0 -- "$part" 2>&1) || fail "$message"
     fi
     echo ok ;;
-  write)
-    message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
+  write | unpack)
+    if [ "$verb" = write ]; then
+      message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
+    else
+      message=$({
+        dd bs=65536 iflag=fullblock,count_bytes count="$third" status=none |
+          zstd -q -d -c |
+          dd of="$part" bs=1048576 iflag=fullblock oflag=seek_bytes seek="$first" conv=notrunc status=none
+      } 2>&1) || fail "$message"
+      [ -z "$message" ] || fail "$message"
+    fi
     message=$({ printf '%s %s\\n' "$first" "$second" >>"$journal"; } 2>&1) || fail "cannot write $journal: $message"
     hash "$part" "$first" "$second" 9>&- </dev/null & ;;
   clear)

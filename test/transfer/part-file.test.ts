@@ -23,6 +23,11 @@ async function openPool(programs: Readonly<Record<string, string>> = {}) {
     host,
     open: (id = "import", lockPatienceMs = 2000) =>
       openPartFile(host, { id, finalPath, signal: new AbortController().signal, lockPatienceMs }),
+    /** As over a wire that takes so many bytes per second. */
+    openFar: (bytesPerSecond: number) => {
+      const far = { label: host.label, isLocal: false, stream: host.stream.bind(host) };
+      return openPartFile(far, { id: "import", finalPath, signal: new AbortController().signal, throttle: createThrottle(bytesPerSecond) });
+    },
     leftovers: async () => (await readdir(directory.path)).filter((name) => name !== "disk.raw"),
     async [Symbol.asyncDispose]() {
       await hosts.close();
@@ -51,6 +56,30 @@ describe("a part file", () => {
     const { mtimeMs, mode, nlink } = await stat(pool.finalPath);
     expect({ mtimeMs, mode: mode & 0o777, nlink }).toEqual({ mtimeMs: 1_700_000_000_000, mode: 0o600, nlink: 1 });
     expect(await pool.leftovers()).toEqual([]);
+  });
+
+  it("comes packed over a wire that is slower than packing", async () => {
+    await using pool = await openPool();
+    const noise = randomBytes(FRAME_BYTES / 4);
+    const bytes = Buffer.alloc(12 * FRAME_BYTES + 12345);
+    for (let at = 0; at < bytes.length; at += FRAME_BYTES) noise.copy(bytes, at);
+    await using part = await pool.openFar(32_000_000);
+    await part.resume();
+    await part.write(0, bytes);
+    await part.settle();
+    // Some frames go plain first: what packing brings has to be found out.
+    expect(part.sentBytes).toBeLessThan(0.75 * bytes.length);
+    expect(part.sentBytes).toBeGreaterThan(0.25 * bytes.length);
+    await part.publish(1);
+    expect(sha256(await readFile(pool.finalPath))).toBe(sha256(bytes));
+  });
+
+  it("fails with what the host's zstd complains of", async () => {
+    await using pool = await openPool({ zstd: "#!/bin/sh\necho 'zstd: out of memory' >&2\nexit 1\n" });
+    await using part = await pool.openFar(32_000_000);
+    await part.resume();
+    const writing = part.write(0, Buffer.alloc(16 * FRAME_BYTES)).then(() => part.settle());
+    await expect(writing).rejects.toThrow(/cannot write .*disk\.raw on this machine: zstd: out of memory/);
   });
 
   it("keeps nothing of an earlier run that this one does not write", async () => {
