@@ -743,7 +743,7 @@ async function authenticate(connection: Connection, { host, signal }: OpenOption
   if (!types.includes(AUTH.polkit)) {
     const wanted = types.includes(AUTH.sasl) ? "a SASL login" : `a login of the unknown kind ${types.join(", ")}`;
     throw new ConnectionError(
-      `libvirt wants ${wanted}, which is not supported; let root or the group libvirt in by its socket's mode, or use polkit (host ${host})`,
+      `libvirt wants ${wanted}, which is not supported; let root or the group libvirt in by its socket's mode, or use polkit (on ${host})`,
       {
         host,
         phase: "login",

@@ -320,7 +320,7 @@ export class Connection {
   #libvirtError(name: ProcedureName, payload: Uint8Array): Error {
     try {
       const reply = decodeAll(errorReply, payload);
-      return new LibvirtError(`${name} failed: ${sentenceOf(reply)} (host ${this.#host})`, {
+      return new LibvirtError(`${name} failed: ${sentenceOf(reply)} (on ${this.#host})`, {
         code: reply.code,
         domain: reply.domain,
         procedure: name,
@@ -345,7 +345,7 @@ export class Connection {
   }
 
   #error(phase: ConnectionPhase, sentence: string, cause?: unknown): ConnectionError {
-    return new ConnectionError(`${sentence} (host ${this.#host})`, { host: this.#host, phase, cause });
+    return new ConnectionError(`${sentence} (on ${this.#host})`, { host: this.#host, phase, cause });
   }
 }
 

@@ -338,7 +338,7 @@ async function importThere(
   await using _closed = source;
   const capacityBytes = Math.max(options.capacityBytes, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
   const whole = { ...options, capacityBytes };
-  return found.mode === "adopt" ? adoptOnHost(host, found, whole) : importOnHost(host, found, whole);
+  return await (found.mode === "adopt" ? adoptOnHost(host, found, whole) : importOnHost(host, found, whole));
 }
 
 /** How long after its import a disk that no state knows is still taken for that of an engine which was killed before it kept the answer. */

@@ -35,20 +35,37 @@ export async function powerStateOf({ libvirt, domain }: Pick<Guest, "libvirt" | 
   return state === DOMAIN_STATE.shutoff || state === DOMAIN_STATE.crashed || state === DOMAIN_STATE.none ? "stopped" : "running";
 }
 
-/** Starts or resumes it. Resolves with whether it did anything. */
+/** Starts or resumes it. Resolves with whether it did anything. Throws LibvirtError, which says what to do where libvirt's log daemon is missing. */
 export async function startGuest(guest: Guest): Promise<boolean> {
   const power = await powerStateOf(guest);
-  if (power === "stopped") await guest.libvirt.domainCreate(guest.domain);
+  if (power === "stopped") await starting(guest.libvirt.domainCreate(guest.domain));
   if (power === "paused") await guest.libvirt.domainResume(guest.domain);
   return power !== "running";
 }
 
-/** Starts it without letting it run, or stops its CPUs. Resolves with whether it did anything. */
+/** Starts it without letting it run, or stops its CPUs. Resolves with whether it did anything. Throws as `startGuest` does. */
 export async function pauseGuest(guest: Guest): Promise<boolean> {
   const power = await powerStateOf(guest);
-  if (power === "stopped") await guest.libvirt.domainCreateWithFlags(guest.domain, DOMAIN_START.paused);
+  if (power === "stopped") await starting(guest.libvirt.domainCreateWithFlags(guest.domain, DOMAIN_START.paused));
   if (power === "running") await guest.libvirt.domainSuspend(guest.domain);
   return power !== "paused";
+}
+
+/** libvirt has no code for it but that of every failed system call: `Failed to connect socket to '/run/libvirt/virtlogd-sock': ...`. */
+const LOG_SOCKET = /'[^']*\/virtlogd-sock'/;
+
+/** Source of the remedy: libvirt's qemu.conf, stdio_handler, `logd` by default. */
+async function starting(start: Promise<unknown>): Promise<void> {
+  try {
+    await start;
+  } catch (error) {
+    if (!(error instanceof LibvirtError) || error.code !== LIBVIRT_ERROR.systemError || !LOG_SOCKET.test(error.message)) throw error;
+    const { code, domain, procedure } = error;
+    throw new LibvirtError(
+      `${error.message}: virtlogd, which keeps what machines write to their consoles, does not run there; start it by systemctl enable --now virtlogd.socket, or set stdio_handler = "file" in /etc/libvirt/qemu.conf and restart libvirt's daemon`,
+      { code, domain, procedure },
+    );
+  }
 }
 
 /** Asks the guest to shut down and, after the time, cuts its power or throws GuestTimeout. A cut is always logged. */

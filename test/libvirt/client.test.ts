@@ -274,7 +274,7 @@ describe("QEMU's driver", () => {
     const upload = await libvirt.storageVolUpload(volume);
     await upload.write(randomBytes(MIB));
     await upload.abort("the test wants it so");
-    await expect(upload.write(Buffer.alloc(1))).rejects.toThrow("StorageVolUpload was given up: the test wants it so (host the bed)");
+    await expect(upload.write(Buffer.alloc(1))).rejects.toThrow("StorageVolUpload was given up: the test wants it so (on the bed)");
     for await (const piece of await libvirt.storageVolDownload(volume)) {
       expect(piece).toHaveProperty("data");
       break;
@@ -419,7 +419,7 @@ describe("opening and closing", () => {
     await expect(opening).rejects.toMatchObject({
       name: "ConnectionError",
       phase: "login",
-      message: expect.stringMatching(/^libvirt wants a SASL login, .* \(host root@kvm1\)$/),
+      message: expect.stringMatching(/^libvirt wants a SASL login, .* \(on root@kvm1\)$/),
     });
     expect(daemon.isClosed).toBe(true);
   });

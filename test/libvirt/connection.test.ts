@@ -117,7 +117,7 @@ test("tells libvirt's refusal with code, domain, procedure, host and all its wor
   const error = await answer;
   expect(error).toBeInstanceOf(LibvirtError);
   expect(error).toMatchObject({ code: 42, domain: 10, procedure: "DomainLookupByName" });
-  expect(error.message).toBe("DomainLookupByName failed: Domain not found: no domain 'web'; no such thing (host kvm1)");
+  expect(error.message).toBe("DomainLookupByName failed: Domain not found: no domain 'web'; no such thing (on kvm1)");
 });
 
 test("tells a refusal that has no message", async () => {
@@ -127,7 +127,7 @@ test("tells a refusal that has no message", async () => {
     { ...(await daemon.next()), type: REPLY, status: ERROR },
     Buffer.concat([word(38), word(0), none, word(2), none, none, none, none, word(0), word(0), none]),
   );
-  expect((await answer).message).toBe("ConnectGetUri failed: error 38 without a message (host kvm1)");
+  expect((await answer).message).toBe("ConnectGetUri failed: error 38 without a message (on kvm1)");
 });
 
 test("rejects only the call whose reply cannot be read", async () => {
@@ -148,7 +148,7 @@ test("rejects a call whose error cannot be read, and one whose status is unknown
   daemon.send({ ...(await daemon.next()), type: REPLY, status: ERROR }, word(1));
   daemon.send({ ...(await daemon.next()), type: REPLY, status: 7 });
   expect(await broken).toMatchObject({ phase: "framing" });
-  expect((await strange).message).toBe("ConnectGetUri: the reply has the unknown status 7 (host kvm1)");
+  expect((await strange).message).toBe("ConnectGetUri: the reply has the unknown status 7 (on kvm1)");
 });
 
 test("drops a reply to a serial or a procedure that was not asked, and packets of unknown programs and types", async () => {
@@ -218,14 +218,14 @@ test("rejects every waiter when it is destroyed, which may happen twice", async 
   const answer = failure(connection.call("ConnectGetHostname", []));
   connection.destroy();
   connection.destroy();
-  expect((await answer).message).toBe("the connection to libvirt was closed (host kvm1)");
+  expect((await answer).message).toBe("the connection to libvirt was closed (on kvm1)");
   await connection.closed;
 });
 
 test("passes on what the transport says of its end", async () => {
   const { daemon, connection } = openFake();
   const answer = failure(connection.call("ConnectGetHostname", []));
-  const why = new ConnectionError("virt-ssh-helper is not installed (host kvm1)", { host: "kvm1", phase: "daemon" });
+  const why = new ConnectionError("virt-ssh-helper is not installed (on kvm1)", { host: "kvm1", phase: "daemon" });
   daemon.transport.destroy(why);
   expect(await answer).toBe(why);
 });
@@ -234,7 +234,7 @@ test("names the reason when the transport breaks", async () => {
   const { daemon, connection } = openFake();
   const answer = failure(connection.call("ConnectGetHostname", []));
   daemon.transport.destroy(new Error("read ECONNRESET"));
-  expect((await answer).message).toBe("the connection to libvirt broke: read ECONNRESET (host kvm1)");
+  expect((await answer).message).toBe("the connection to libvirt broke: read ECONNRESET (on kvm1)");
 });
 
 test("gives a call up when its signal fires, but leaves its place taken until libvirt has answered", async () => {
@@ -246,7 +246,7 @@ test("gives a call up when its signal fires, but leaves its place taken until li
   for (let index = 0; index < 4; index += 1) calls.push(await daemon.next());
   given.abort(new Error("the engine is gone"));
   expect(await answer).toMatchObject({ name: "ConnectionError", phase: "aborted" });
-  expect((await answer).message).toBe("ConnectGetHostname was given up: the engine is gone (host kvm1)");
+  expect((await answer).message).toBe("ConnectGetHostname was given up: the engine is gone (on kvm1)");
   expect(await daemon.isQuiet()).toBe(true);
   for (const call of calls) daemon.reply(call, text("kvm1"));
   daemon.reply(await daemon.next(), text("kvm1"));
@@ -353,7 +353,7 @@ test("reports a failure that comes in place of the daemon's agreement, whatever 
   const finished = failure(stream.finish());
   await daemon.next();
   daemon.refuse(call, 38, "Input/output error", REPLY);
-  expect((await finished).message).toBe("StorageVolUpload failed: Input/output error (host kvm1)");
+  expect((await finished).message).toBe("StorageVolUpload failed: Input/output error (on kvm1)");
 });
 
 test.each([
@@ -368,7 +368,7 @@ test.each([
   const aborted = stream.abort("the source broke").then(() => {
     isAborted = true;
   });
-  expect((await written).message).toBe("StorageVolUpload was given up: the source broke (host kvm1)");
+  expect((await written).message).toBe("StorageVolUpload was given up: the source broke (on kvm1)");
   await daemon.next();
   expect(await daemon.next()).toEqual({ ...call, type: STREAM, status: ERROR, payload: Buffer.alloc(0) });
   expect(isAborted).toBe(false);
@@ -535,7 +535,7 @@ test("says the same in a recorded conversation, byte for byte, however the answe
   };
   const whole = await replay(Number.MAX_SAFE_INTEGER);
   expect(whole).toContainEqual({ name: "test", uuid: UUID, id: 1 });
-  expect(whole).toContain("DomainLookupByName failed: Domain not found (host the test driver)");
+  expect(whole).toContain("DomainLookupByName failed: Domain not found (on the test driver)");
   expect(whole.at(-1)).toMatchObject({ event: 2 });
   for (const pieceBytes of [1, 3, 28, 100]) expect(await replay(pieceBytes)).toEqual(whole);
 });

@@ -217,6 +217,24 @@ describe("a machine with everything", () => {
     await Promise.all([rm(theirs), rm(inputs.diskPaths[0]!)]);
   });
 
+  test("a machine that libvirt cannot start without its log daemon says how to start that, and is started once it runs", async ({
+    libvirtd,
+    desk,
+  }) => {
+    const inputs = await desk.checked(await machine(libvirtd, "mute", { powerState: "paused" }));
+    await libvirtd.run("sh", "-c", "kill $(cat /run/virtlogd.pid); while [ -e /run/libvirt/virtlogd-sock ]; do sleep 0.05; done");
+    try {
+      await expect(virtualMachine.create(desk.context, inputs)).rejects.toThrow(
+        /^mute is defined on this machine, but DomainCreateWithFlags failed: .*virtlogd-sock'.* \(on this machine\): .*systemctl enable --now virtlogd\.socket, or set stdio_handler = "file" in \S+qemu\.conf/,
+      );
+    } finally {
+      await libvirtd.run("virtlogd", "-d");
+    }
+    const { id, state } = await virtualMachine.create(desk.context, inputs);
+    expect(state.powerState).toBe("paused");
+    await virtualMachine.delete(desk.context, id, state);
+  });
+
   test("a machine with Secure Boot is defined with the firmware that has Microsoft's keys", async ({ libvirtd, desk }) => {
     const inputs = await desk.checked(
       await machine(libvirtd, "safe", { firmware: "uefi", secureBoot: true, tpm: true, powerState: "paused" }),
