@@ -248,11 +248,17 @@ interface Drive {
   readonly key: string;
   readonly controller: OvfController;
   readonly unit: number;
-  readonly kind: "disk" | "cdrom" | "passthrough";
+  /** `unknown`: not said, and neither a VMDK nor what a CD-ROM drive holds. */
+  readonly kind: "disk" | "cdrom" | "passthrough" | "unknown";
   /** As written: a plain name, a path, `auto detect`, or nothing. */
   readonly fileName: string;
   readonly mode: string;
+  /** Whether `fileName` is the image of a CD, and no drive of the old host. */
+  readonly hasMedium: boolean;
 }
+
+/** What stands in place of a file's name where a CD-ROM drive holds none. Source: vmx.c virVMXParseDisk. */
+const NO_MEDIUM = /^(|auto detect|emptybackingstring)$/i;
 
 /** `scsi0:1`, `ide1:0`: without a `deviceType` the file's name tells what it is. Source: vmx.c virVMXParseDisk. */
 function drivesOf(values: Values): readonly Drive[] {
@@ -265,16 +271,22 @@ function drivesOf(values: Values): readonly Drive[] {
   return values.present(/^((scsi|sata|ide|nvme)(\d{1,2})):(\d{1,3})$/).map(([key, name = "", bus, busNumber, unit]): Drive => {
     const type = values.text(`${key}.devicetype`)?.toLowerCase() ?? "";
     const fileName = values.text(`${key}.filename`) ?? "";
-    const isDisk = type === "" ? extname(fileName).toLowerCase() === ".vmdk" : type.endsWith("disk");
+    const suffix = extname(fileName).toLowerCase();
     return {
       key,
       controller: controllerOf(name, bus as OvfBus, Number(busNumber)),
       unit: Number(unit),
-      kind: /passthru/.test(type) ? "passthrough" : isDisk ? "disk" : "cdrom",
+      kind: type === "" ? kindByName(fileName, suffix) : /passthru/.test(type) ? "passthrough" : type.endsWith("disk") ? "disk" : "cdrom",
       fileName,
       mode: values.text(`${key}.mode`)?.toLowerCase() ?? "",
+      hasMedium: suffix === ".iso" || (type === "cdrom-image" && !NO_MEDIUM.test(fileName)),
     };
   });
+}
+
+function kindByName(fileName: string, suffix: string): Drive["kind"] {
+  if (suffix === ".vmdk") return "disk";
+  return suffix === ".iso" || NO_MEDIUM.test(fileName) ? "cdrom" : "unknown";
 }
 
 function diskOf({ key, controller, unit, fileName }: Drive): OvfDisk {
@@ -295,9 +307,8 @@ function fileOf(id: string, href: string): OvfFile {
   return { id, href, sizeBytes: undefined, compression: undefined, chunkBytes: undefined };
 }
 
-/** Only an image is a medium: `auto detect` and device names are drives of the old host. */
-function mediumOf({ key, fileName }: Drive): OvfDrive {
-  return { name: key, file: extname(fileName).toLowerCase() === ".iso" ? fileOf(key, fileName) : undefined };
+function mediumOf({ key, fileName, hasMedium }: Drive): OvfDrive {
+  return { name: key, file: hasMedium ? fileOf(key, fileName) : undefined };
 }
 
 /** Without a `networkName`, as desktops write it, the kind of its connection is its network's name; bridged where nothing is said. */
@@ -341,5 +352,10 @@ function notesOf(values: Values, drives: readonly Drive[]): readonly string[] {
     notes.push("it was suspended: its memory does not come along, and its disks are as after a power failure; shut it down first");
   for (const { key, mode } of drives)
     if (mode === "independent-nonpersistent") notes.push(`${key} forgot its changes at every power-off; here it keeps them`);
+  for (const { key, kind, fileName } of drives)
+    if (kind === "unknown")
+      notes.push(
+        `${key} is ${quoted(fileName)}, neither a VMDK nor an ISO, and does not come along: import it as a disk of its own, or make it a VMDK`,
+      );
   return notes;
 }

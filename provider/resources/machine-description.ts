@@ -208,6 +208,11 @@ function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: Describe
       said.push(
         `the CD-ROM drive ${quoted(name)} comes along without ${quoted(file.href)}: give the machine a drive with a medium in \`disks\` where the guest needs it`,
       );
+  const uuid = [...system.settings].find(([key]) => key.toLowerCase() === "uuid.bios")?.[1];
+  if (uuid !== undefined && uuid !== "")
+    said.push(
+      `its BIOS UUID ${quoted(uuid)} does not come along: where a licence hangs on it, set \`uuid\` to what the guest saw (dmidecode -s system-uuid), since VMware writes it in another order of bytes`,
+    );
   if (system.nestedVirtualization)
     said.push('it ran virtual machines itself: it still can where its `cpu` is "host-passthrough" and the host allows it');
   if (system.properties.some(({ value }) => value !== undefined && value !== "") && system.transports.length > 0)

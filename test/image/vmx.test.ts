@@ -86,6 +86,35 @@ test("says what has no field of its own: passthrough, ports, sound, a suspended 
   expect(system).toMatchObject({ hasVtpm: true, floppies: [{ name: "floppy drive 0" }] });
 });
 
+test("says of a disk that is no VMDK that it does not come along, and knows what a CD-ROM drive holds, whatever it is called", () => {
+  const { disks, cdroms, notes } = parse(
+    'scsi0:1.present = "TRUE"',
+    'scsi0:1.fileName = "data.img"',
+    'scsi0:2.present = "TRUE"',
+    'scsi0:2.fileName = "/dev/sdb"',
+    'sata0:0.present = "TRUE"',
+    'sata0:0.fileName = "tools.ISO"',
+    'sata0:1.present = "TRUE"',
+    'sata0:1.fileName = "tools.img"',
+    'sata0:1.deviceType = "cdrom-image"',
+    'sata0:2.present = "TRUE"',
+    'sata0:2.fileName = "emptyBackingString"',
+    'sata0:2.deviceType = "cdrom-image"',
+  );
+  expect(disks.map(({ name }) => name)).toEqual(["scsi0:0"]);
+  expect(cdroms.map(({ name, file }) => [name, file?.href])).toEqual([
+    ["ide1:0", undefined],
+    ["sata0:0", "tools.ISO"],
+    ["sata0:1", "tools.img"],
+    ["sata0:2", undefined],
+  ]);
+  expect(notes).toEqual(
+    ['scsi0:1 is "data.img"', 'scsi0:2 is "/dev/sdb"'].map(
+      (words) => expect.stringContaining(`${words}, neither a VMDK nor an ISO`) as string,
+    ),
+  );
+});
+
 test("reads the text in the encoding that it declares, and the bytes that it escapes", () => {
   const line = 'guestInfo.place = "M|FCnchen"';
   const bytes = Buffer.from(vmxSeed([line]).replace('"UTF-8"', '"windows-1252"').replace("the |22web|22 server", "K\u00f6ln"), "latin1");
@@ -130,6 +159,18 @@ test.for<readonly [string, string | Buffer, Readonly<Record<string, Uint8Array>>
     'scsi0:0 lies at "/vmfs/volumes/x/a.vmdk": only files beside the VMX are read',
   ],
   ["a disk of another folder", vmxSeed([], "..\\a.vmdk"), {}, "only files beside the VMX are read"],
+  [
+    "a disk device on an ISO",
+    vmxSeed([], "tools.iso"),
+    { "tools.iso": Buffer.alloc(4096, 1) },
+    '"tools.iso", the file of scsi0:0: it is raw, not VMDK',
+  ],
+  [
+    "a mapping of a raw device",
+    vmxSeed(),
+    { "a.vmdk": Buffer.from(descriptorText("vmfsPassthroughRawDeviceMap", ['RW 8 VMFSRDM "a-rdmp.vmdk"'])) },
+    '"a.vmdk", the file of scsi0:0: the VMDK is of type "vmfsPassthroughRawDeviceMap", which is not read',
+  ],
   ["a disk that is no VMDK", vmxSeed(), { "a.vmdk": qcow2Seed() }, '"a.vmdk", the file of scsi0:0: it is qcow2, not VMDK'],
   ["a private file as a disk", vmxSeed(), { "a.vmdk": Buffer.alloc(1024, "key") }, "it is raw, not VMDK"],
   ["an encrypted machine", vmxSeed(['encryption.keySafe = "vmware:key/list/x"']), {}, "the machine is encrypted"],

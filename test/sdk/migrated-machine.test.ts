@@ -98,9 +98,14 @@ test("leaves the package's topology and drives to a program that declares its ow
 });
 
 test("says what cannot come along, but of an OVF only what the check of its boot disk does not say", async () => {
-  await using folder = await openFolder('vtpm.present = "TRUE"', 'sound.present = "TRUE"');
+  await using folder = await openFolder('vtpm.present = "TRUE"', 'sound.present = "TRUE"', 'uuid.bios = "56 4d 01 02"');
   const { description: bare } = new MigratedMachine("bare", { source: { vmx: folder.vmx }, host: "test:///default" });
-  for (const words of ["it gets a new TPM", "its UEFI variables do not come along", 'sound card "sound" does not come along'])
+  for (const words of [
+    "it gets a new TPM",
+    "its UEFI variables do not come along",
+    'its BIOS UUID "56 4d 01 02"',
+    'sound card "sound" does not come along',
+  ])
     expect(bare.notes.filter((note) => note.includes(words))).toHaveLength(1);
   expect(bare.notes.join()).not.toContain("per socket");
 
@@ -108,6 +113,7 @@ test("says what cannot come along, but of an OVF only what the check of its boot
   const { description } = new MigratedMachine("said", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
   expect(description.hardware).toMatchObject({ firmware: "uefi", tpm: true });
   expect(description.notes.join()).not.toMatch(/TPM|UEFI|per socket/);
+  expect(description.notes.join()).toContain('its BIOS UUID "42 1a 6b 10 5c 3e 7d 21-9a 0f 11 22 33 44 55 66" does not come along');
 });
 
 test("lets the program override any part, leave disks and interfaces out, and choose pools by the disk", async () => {
