@@ -35,7 +35,10 @@ export interface ImportedDiskState extends Omit<z.output<typeof ImportedDiskSche
    * nothing vouches for it: of its blocks of 64 KiB that are not all zeros, each behind its offset as 64 bits, big-endian.
    */
   readonly sourceDigest: string;
-  /** Digest of the volume's bytes as they were published: `sha256:<hex>`. */
+  /**
+   * Digest of the volume's file as it was published: `sha256:<hex>`, of a qcow2 from its second cluster on; of a raw one with over 1 GiB of holes
+   * `sha256-data:<hex>` as above, where its source gives its data in the disk's order.
+   */
   readonly contentDigest: string;
   /** What was proved when it was imported: see `verify`. */
   readonly verified: "digest" | "content";

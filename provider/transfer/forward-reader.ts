@@ -1,8 +1,7 @@
 /** A source's file, read once from its start to its end while its digest is taken. */
-import { isZero } from "../image/bytes.ts";
 import { ImageError } from "../image/parser.ts";
 import { HashThread } from "./hash-thread.ts";
-import { DATA_BLOCK_BYTES, type DataExtent } from "./holes.ts";
+import { type DataExtent, DataHash } from "./holes.ts";
 import type { SourceFile } from "./source.ts";
 
 const READ_BYTES = 1024 * 1024;
@@ -25,6 +24,7 @@ export class ForwardReader implements AsyncDisposable {
   readonly #file: SourceFile;
   readonly #onRead: (bytes: number) => void;
   readonly #hash: HashThread;
+  readonly #data: DataHash;
   readonly #extents: readonly DataExtent[] | undefined;
   /** Of the extents, the first that was not read to its end. */
   #extent = 0;
@@ -42,6 +42,7 @@ export class ForwardReader implements AsyncDisposable {
     this.#onRead = onRead;
     const { expected } = file;
     this.#hash = new HashThread("sha256", ...(expected && expected.algorithm !== "sha256" ? [expected.algorithm] : []));
+    this.#data = new DataHash(this.#hash);
   }
 
   /**
@@ -124,13 +125,6 @@ export class ForwardReader implements AsyncDisposable {
       await this.#hash.update(bytes);
       return;
     }
-    const place = Buffer.alloc(8);
-    for (let at = 0; at < bytes.length; at += DATA_BLOCK_BYTES) {
-      const block = bytes.subarray(at, at + DATA_BLOCK_BYTES);
-      if (isZero(block)) continue;
-      place.writeBigUInt64BE(BigInt(offset + at));
-      await this.#hash.update(place);
-      await this.#hash.update(block);
-    }
+    await this.#data.update(offset, bytes);
   }
 }

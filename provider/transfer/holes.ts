@@ -2,15 +2,17 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import type { FileHandle } from "node:fs/promises";
+import { isZero } from "../image/bytes.ts";
 import type { RunList } from "../image/image.ts";
 import { RunListBuilder } from "../image/runs.ts";
+import type { HashThread } from "./hash-thread.ts";
 import type { OpenSource } from "./source.ts";
 
 /** Data is told in blocks of this, aligned in the file: also what `sha256-data` is made of, see `ImportResult.sourceDigest`. */
 export const DATA_BLOCK_BYTES = 64 * 1024;
 
-/** Smaller holes are read like data: that takes less than a second, and the digest is the one that every tool knows. */
-const MIN_HOLES_BYTES = 1024 * 1024 * 1024;
+/** Smaller holes are taken for data: that takes less than a second, and the digest is the one that every tool knows. */
+export const MIN_HOLES_BYTES = 1024 * 1024 * 1024;
 
 /** The most that is taken of the list of a file's extents; one in more pieces, some 200,000, is read whole. */
 const MAX_MAP_BYTES = 8 * 1024 * 1024;
@@ -19,6 +21,27 @@ const MAX_MAP_BYTES = 8 * 1024 * 1024;
 export interface DataExtent {
   readonly offset: number;
   readonly end: number;
+}
+
+/** Feeds a hash with what `sha256-data` is made of: blocks of DATA_BLOCK_BYTES that are not all zeros, each behind its offset. */
+export class DataHash {
+  readonly #hash: HashThread;
+  readonly #place = Buffer.alloc(8);
+
+  constructor(hash: HashThread) {
+    this.#hash = hash;
+  }
+
+  /** Takes whole blocks, the last one perhaps shorter; offsets ascend. The bytes are free again when the promise resolves. */
+  async update(offset: number, bytes: Uint8Array): Promise<void> {
+    for (let at = 0; at < bytes.length; at += DATA_BLOCK_BYTES) {
+      const block = bytes.subarray(at, at + DATA_BLOCK_BYTES);
+      if (isZero(block)) continue;
+      this.#place.writeBigUInt64BE(BigInt(offset + at));
+      await this.#hash.update(this.#place);
+      await this.#hash.update(block);
+    }
+  }
 }
 
 /** What is to be read of a source. */

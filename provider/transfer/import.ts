@@ -8,7 +8,8 @@ import type { ImageFormat, RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { readsFarReferences } from "./canary.ts";
 import { verifyContent } from "./content.ts";
-import { planData } from "./holes.ts";
+import { HashThread } from "./hash-thread.ts";
+import { DATA_BLOCK_BYTES, DataHash, MIN_HOLES_BYTES, planData } from "./holes.ts";
 import { openPartFile } from "./part-file.ts";
 import type { Part } from "./part.ts";
 import { pump, type PumpOptions, type Target } from "./pump.ts";
@@ -18,9 +19,6 @@ import { openUpload } from "./upload.ts";
 
 /** Formats whose images may hold compressed clusters. */
 const COMPRESSING: ReadonlySet<ImageFormat> = new Set(["qcow2", "vmdk"]);
-
-/** What zeros of a raw volume are left out in. */
-const RAW_BLOCK_BYTES = 64 * 1024;
 
 export interface ImportOptions extends PumpOptions {
   readonly id: string;
@@ -49,7 +47,10 @@ export interface ImportResult {
    * `sha256-data:<hex>`: the SHA-256 of its blocks of 64 KiB that are not all zeros, in their order, each behind its offset as 64 bits, big-endian.
    */
   readonly sourceDigest: string;
-  /** `sha256:<hex>` of the volume's file as published: a raw one whole, a qcow2 from its second cluster on, which is all but its header. */
+  /**
+   * `sha256:<hex>` of the volume's file as published: a raw one whole, a qcow2 from its second cluster on, which is all but its header. Of a raw one with
+   * over 1 GiB of holes `sha256-data:<hex>` as above, where its source gives it in its own order.
+   */
   readonly contentDigest: string;
   readonly allocatedBytes: number;
   readonly sentBytes: number;
@@ -115,7 +116,8 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   const plan = await planData(source);
   const { runs } = plan;
   const target =
-    options.format === "qcow2" ? qcow2Target(host, part, source.image.granularityBytes, runs, options) : rawTarget(part, options);
+    options.format === "qcow2" ? qcow2Target(host, part, source.image.granularityBytes, runs, options) : rawTarget(part, runs, options);
+  await using _ended = target;
   const sourceDigest = await pump(source, plan, target, options);
   const contentDigest = await target.finish();
   await source.assertUnchanged();
@@ -145,7 +147,7 @@ function mayTakeStreams({ format, layout, upload }: ImportOptions): boolean {
 }
 
 /** Where guest data goes, and how it ends. */
-interface VolumeTarget extends Target {
+interface VolumeTarget extends Target, AsyncDisposable {
   /** Everything but the seal is on the host, durable and confirmed. Resolves with the content digest. */
   finish(): Promise<string>;
   /** Makes a disk of it. */
@@ -180,16 +182,28 @@ function qcow2Target(host: Host, part: Part, granularityBytes: number, runs: Run
       await part.write(header.offset, header.bytes);
       await part.settle();
     },
+    [Symbol.asyncDispose]: async () => {},
   };
 }
 
-function rawTarget(part: Part, options: ImportOptions): VolumeTarget {
+function rawTarget(part: Part, runs: RunList, options: ImportOptions): VolumeTarget {
+  const { capacityBytes } = options;
+  // To hash holes takes the host as long as to hash data.
+  const hash = capacityBytes - runs.dataBytes < MIN_HOLES_BYTES ? undefined : new HashThread("sha256");
+  let data = hash && new DataHash(hash);
+  let end = 0;
   return {
     deflates: false,
-    clusterBytes: RAW_BLOCK_BYTES,
+    clusterBytes: DATA_BLOCK_BYTES,
     write: async (virtualOffset, bytes) => {
-      for (let at = 0; at < bytes.length; at += RAW_BLOCK_BYTES) {
-        const block = bytes.subarray(at, at + RAW_BLOCK_BYTES);
+      const writeEnd = virtualOffset + bytes.length;
+      const isWhole = virtualOffset % DATA_BLOCK_BYTES === 0 && (writeEnd % DATA_BLOCK_BYTES === 0 || writeEnd === capacityBytes);
+      // Only the file itself can be hashed in its order then.
+      if (!isWhole || virtualOffset < end) data = undefined;
+      end = writeEnd;
+      await data?.update(virtualOffset, bytes);
+      for (let at = 0; at < bytes.length; at += DATA_BLOCK_BYTES) {
+        const block = bytes.subarray(at, at + DATA_BLOCK_BYTES);
         if (!isZero(block)) await part.write(virtualOffset + at, block);
       }
     },
@@ -199,10 +213,12 @@ function rawTarget(part: Part, options: ImportOptions): VolumeTarget {
     takesForeignStreams: async () => false,
     finish: async () => {
       await part.settle();
-      await (options.layout === "full" ? part.allocate(options.capacityBytes) : part.setSize(options.capacityBytes));
+      await (options.layout === "full" ? part.allocate(capacityBytes) : part.setSize(capacityBytes));
       await part.settle();
-      return `sha256:${await part.digest(0)}`;
+      const [digest] = (data && (await hash?.digest())) ?? [];
+      return digest === undefined ? `sha256:${await part.digest(0)}` : `sha256-data:${digest}`;
     },
     seal: (stamp) => part.stamp(stamp),
+    [Symbol.asyncDispose]: async () => hash?.[Symbol.asyncDispose](),
   };
 }

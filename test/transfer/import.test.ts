@@ -12,7 +12,7 @@ import { WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { probe } from "../../provider/transfer/probe.ts";
 import { openSource, type SourceSpec } from "../../provider/transfer/source.ts";
 import { openDirectory } from "../bed/directory.ts";
-import { guestByQemu, guestOf, mixedGuest, qemuImg, writeRaw } from "../image/qemu.ts";
+import { guestByQemu, guestOf, mixedGuest, qemuImg, qemuIo, writeRaw } from "../image/qemu.ts";
 import { createOwnHosts } from "../host/setup.ts";
 
 const execute = promisify(execFile);
@@ -137,10 +137,21 @@ describe("an import", () => {
     expect(await qemuImg("compare", "-f", "raw", "-F", "qcow2", file, join(bench.pool, "disk"))).toContain("identical");
     expect({ lastBytes, isPassed: largestStepBytes > 1000 * MIB }).toEqual({ lastBytes: sizeBytes, isPassed: true });
     expect(sentBytes).toBeLessThan(MIB);
-    expect(sourceDigest).toBe(`sha256-data:${data.digest("hex")}`);
+    const dataDigest = `sha256-data:${data.digest("hex")}`;
+    expect(sourceDigest).toBe(dataDigest);
     const checksum = `sha256:${whole.digest("hex")}`;
-    const vouched = await bench.run({ file }, { checksum, id: "vouched", finalPath: join(bench.pool, "vouched") });
-    expect(vouched.sourceDigest).toBe(checksum);
+    const raw = { format: "raw", checksum, id: "raw", finalPath: join(bench.pool, "raw") } as const;
+    expect(await bench.run({ file }, raw)).toMatchObject({ sourceDigest: checksum, contentDigest: dataDigest });
+    expect(await qemuImg("compare", "-f", "raw", "-F", "raw", file, raw.finalPath)).toContain("identical");
+
+    // A qcow2 that was written from its end: the order of its clusters is not that of its disk.
+    const backwards = bench.path("backwards.qcow2");
+    await qemuImg("create", "-q", "-f", "qcow2", backwards, String(sizeBytes));
+    await qemuIo(backwards, "qcow2", "write -P 7 1000M 64k", "write -P 3 0 64k");
+    const finalPath = join(bench.pool, "backwards");
+    const { contentDigest } = await bench.run({ file: backwards }, { format: "raw", id: "backwards", finalPath });
+    const digest = createHash("sha256").update(await readFile(finalPath));
+    expect(contentDigest).toBe(`sha256:${digest.digest("hex")}`);
   });
 
   it("grows the disk to a larger capacity", async () => {
