@@ -17,6 +17,9 @@ import type { ImportReport, ImportRequest } from "./import-once.ts";
 const RUN_TIMEOUT_MS = 20 * 60_000;
 const VOLUME = "bench";
 
+/** A link that is slower than both ends: what most copies cross. */
+const LINK_MEGABITS = 200;
+
 /** How long sshd's processes may take to be gone when their client is. */
 const GONE_TIMEOUT_MS = 5000;
 
@@ -59,6 +62,19 @@ export async function benchCopy({ isQuick, rounds }: CopyOptions): Promise<void>
   const qcow2Ours = ours(host, { name: "virtlift, qcow2", source: { file: disk.qcow2 } });
   const qcow2Upload = byVolumeUpload(host, disk, "qcow2");
   const qcow2 = await contest("qcow2", [qcow2Ours, qcow2Upload, byScp(host, disk.qcow2), byCat(host, disk.qcow2)], { rounds, clear });
+  const narrow = disks.at(-2)!;
+  const narrowSparse = ours(host, { name: "virtlift, sparse", source: { ova: narrow.ova } });
+  const narrowCompressed = ours(host, { name: "virtlift, compressed", source: { ova: narrow.ova }, layout: "compressed" });
+  const narrowCat = byCat(host, narrow.vmdk);
+  const narrowRaw = ours(host, { name: "virtlift, raw", source: { file: narrow.raw } });
+  const narrowUpload = byVolumeUpload(host, narrow, "raw");
+  await host.limitLink(LINK_MEGABITS);
+  const linked = await contest(
+    `over a link of ${LINK_MEGABITS} Mbit/s, ${narrow.dataMiB} MiB of files`,
+    [narrowSparse, narrowCompressed, byScript(host, narrow), narrowCat, narrowRaw, narrowUpload],
+    { rounds: Math.min(rounds, 2), clear },
+  );
+  await host.limitLink(undefined);
   const growing = [
     ...[...disks, ...wide].map((each) =>
       ours(host, { name: `virtlift, ${each.dataMiB} MiB in ${each.virtualGiB} GiB`, source: { ova: each.ova } }),
@@ -67,7 +83,7 @@ export async function benchCopy({ isQuick, rounds }: CopyOptions): Promise<void>
   ];
   const growth = await contest("growth with data", growing, { rounds, clear });
 
-  const all = [...packed, ...raw, ...qcow2, ...growth];
+  const all = [...packed, ...raw, ...qcow2, ...linked, ...growth];
   const peaks = all.flatMap(({ peakRssBytes }) => peakRssBytes ?? []);
   const bytesAlone = ratio(packed, compressed, cat);
   sayAims([
@@ -76,6 +92,8 @@ export async function benchCopy({ isQuick, rounds }: CopyOptions): Promise<void>
     atMost("compressed takes of moving the bytes alone", bytesAlone, 1.3, timeOf(packed, compressed)),
     atLeast("raw is quicker than vol-upload", ratio(raw, rawUpload, rawOurs), 2, timeOf(raw, rawOurs)),
     atLeast("qcow2 is quicker than vol-upload", ratio(qcow2, qcow2Upload, qcow2Ours), 2, timeOf(qcow2, qcow2Ours)),
+    atMost(`compressed, over ${LINK_MEGABITS} Mbit/s, takes of moving the bytes alone`, ratio(linked, narrowCompressed, narrowCat), 1.3),
+    atLeast(`raw, over ${LINK_MEGABITS} Mbit/s, is quicker than vol-upload`, ratio(linked, narrowUpload, narrowRaw), 2),
     atMost("peak memory in MB", Math.max(...peaks) / 1e6, 250),
   ]);
 }

@@ -65,6 +65,8 @@ export interface KvmHost extends Libvirtd {
   sshUri(user?: string): string;
   /** Makes a user that may log in with the same client key. `sudo` lets it become root without a password. */
   addUser(name: string, options?: { readonly sudo?: boolean }): Promise<void>;
+  /** Lets so many megabits (10^6) a second through to the host, all that is sent there together; undefined lifts the limit. Gone after `boot`. */
+  limitLink(megabits: number | undefined): Promise<void>;
   /** Ends every process of the host at once; its files stay. */
   cutPower(): Promise<void>;
   /** Boots it again after `cutPower`, with the same files, address and keys. */
@@ -116,6 +118,18 @@ export async function openKvmHost(options: KvmHostOptions = {}): Promise<KvmHost
         name,
       );
       if (sudo) await writeFile(join(files.directory, "etc/sudoers.d", name), `${name} ALL=(ALL) NOPASSWD: ALL\n`, { mode: 0o440 });
+    },
+    async limitLink(megabits) {
+      const shape = ["tbf", "rate", `${megabits}mbit`, "burst", "256kb", "latency", "20ms"];
+      await runCommand([
+        "tc",
+        "qdisc",
+        megabits === undefined ? "del" : "replace",
+        "dev",
+        link.device,
+        "root",
+        ...(megabits === undefined ? [] : shape),
+      ]);
     },
     async cutPower() {
       await running.machine.kill();
