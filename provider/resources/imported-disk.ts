@@ -6,12 +6,12 @@ import { DiskError, isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { formatArrival, formatBytes, formatSeconds, tellProgress } from "../transfer/progress.ts";
 import { importInProcess } from "../transfer/import-process.ts";
-import type { ImportOptions, ImportResult } from "../transfer/import.ts";
+import type { ImportResult } from "../transfer/import.ts";
 import { removeLeftover } from "../transfer/leftovers.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
 import { adoptOnHost, releaseOnHost } from "../transfer/adopt.ts";
-import { importOnHost } from "../transfer/on-host.ts";
+import { type HostImportOptions, importOnHost } from "../transfer/on-host.ts";
 import { refreshPool } from "../transfer/volume.ts";
 import { configuredHost, daemonOf, openHost } from "./connect.ts";
 import {
@@ -67,7 +67,7 @@ export interface DiskState extends DiskInputs, Home {
   readonly allocatedBytes: number;
   /** As `ImportResult.sourceDigest`. */
   readonly sourceDigest: string;
-  /** `sha256:<hex>` of the volume as published: a raw one whole, a qcow2 from its second cluster on. */
+  /** As `ImportResult.contentDigest`. */
   readonly contentDigest: string;
   /** What was proved when it was imported; absent in states of disks that were imported before that could be chosen: `digest`. */
   readonly verified?: "digest" | "content";
@@ -330,7 +330,7 @@ async function importThere(
   host: Host,
   inputs: DiskInputs,
   from: HostRead,
-  options: ImportOptions,
+  options: HostImportOptions,
 ): Promise<ImportResult> {
   const tellFetch = tellProgress(`${inputs.diskId}, to ${host.label}`, (line) => context.log("info", line));
   const found = await openOnHost(host, inputs, from, { ...sourceSettings(context), onProgress: tellFetch });

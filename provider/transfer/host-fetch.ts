@@ -6,6 +6,7 @@ import type { Host } from "../host/hosts.ts";
 import { quoteArgument, quoteCommand } from "../host/quote.ts";
 import { shownUrl, type WebSpec } from "./http.ts";
 import { watchFile } from "./on-host.ts";
+import type { OnProgress } from "./progress.ts";
 import { openPartFile, type PartFile, WORK_FOLDER } from "./part-file.ts";
 
 /** What the host reads of the file to tell what it is. */
@@ -74,8 +75,8 @@ export interface HostFetchOptions {
   readonly id: string;
   readonly finalPath: string;
   readonly signal: AbortSignal;
-  /** Told now and then, where the server says a size. Default: nobody is told. */
-  readonly onProgress?: ((doneBytes: number, totalBytes: number) => void) | undefined;
+  /** Told now and then, of the whole where the server says a size. Default: nobody is told. */
+  readonly onProgress?: OnProgress | undefined;
 }
 
 /**
@@ -93,7 +94,7 @@ export async function fetchOnHost(host: Host, spec: WebSpec, options: HostFetchO
   for (let attempt = 1; ; attempt++) {
     try {
       const fetching = fetchRest(part, spec, validator, sizeBytes);
-      await watchFile(host, path, { totalBytes: onProgress && sizeBytes, onProgress: onProgress ?? (() => {}) }, fetching);
+      await (onProgress ? watchFile(host, path, { totalBytes: sizeBytes, onProgress }, fetching) : fetching);
       return path;
     } catch (error) {
       options.signal.throwIfAborted();

@@ -12,6 +12,7 @@ import { openImage } from "../image/open.ts";
 import { verifyContent } from "./content.ts";
 import { type ImportOptions, type ImportResult, intoPart, stampOf } from "./import.ts";
 import { openPartFile, type PartFile, WORK_FOLDER } from "./part-file.ts";
+import type { OnProgress } from "./progress.ts";
 import { drive, type Folder, MissingFile, Range, refusePath } from "./range.ts";
 import type { OpenSource } from "./source.ts";
 
@@ -169,17 +170,25 @@ const QEMU_FORMATS: Readonly<Record<ImageFormat, string>> = {
   vdi: "vdi",
 };
 
+/** As for an import from elsewhere, but that nobody may know how much a volume will take. */
+export type HostImportOptions = Omit<ImportOptions, "onProgress"> & { readonly onProgress: OnProgress };
+
 /**
  * Makes a volume of a file of the host without its bytes leaving it. Throws as `importDisk` does. An interrupted run begins anew, but for `move`, which
  * is done at once: until its end the source has its name, and its bytes are as they were, but for a stamp in the header of a qcow2.
  */
-export async function importOnHost(host: Host, source: HostSource, options: ImportOptions): Promise<ImportResult> {
+export async function importOnHost(host: Host, source: HostSource, options: HostImportOptions): Promise<ImportResult> {
   return intoPart({ open: () => openPartFile(host, options), path: source.source.path, signal: options.signal }, (part) =>
     fillOnHost(host, part, source, options),
   );
 }
 
-async function fillOnHost(host: Host, part: PartFile, { source, folder, mode }: HostSource, options: ImportOptions): Promise<ImportResult> {
+async function fillOnHost(
+  host: Host,
+  part: PartFile,
+  { source, folder, mode }: HostSource,
+  options: HostImportOptions,
+): Promise<ImportResult> {
   const { image } = source;
   const files = await Promise.all(image.files.map(({ name }) => folder.look(name)));
   const [file] = files;
@@ -217,8 +226,8 @@ async function fillOnHost(host: Host, part: PartFile, { source, folder, mode }: 
   return { virtualSizeBytes, sourceDigest, contentDigest, allocatedBytes, sentBytes: 0, keptBytes: 0, importedAt };
 }
 
-/** What the part will occupy, about; undefined where nobody can say. */
-function filledBytes(mode: HostMode, files: readonly HostFile[], { layout, capacityBytes }: ImportOptions): number | undefined {
+/** What the part will occupy, about; undefined where nobody can say: how far bytes can be compressed shows at the end. */
+function filledBytes(mode: HostMode, files: readonly HostFile[], { layout, capacityBytes }: HostImportOptions): number | undefined {
   if (mode === "move" || layout === "compressed") return undefined;
   return layout === "full" ? capacityBytes : files.reduce((sum, { allocatedBytes }) => sum + allocatedBytes, 0);
 }
@@ -227,9 +236,9 @@ function filledBytes(mode: HostMode, files: readonly HostFile[], { layout, capac
 const WATCH_MS = 10_000;
 
 export interface WatchOptions {
-  /** What the file will occupy; undefined has nothing told. */
+  /** What the file will occupy; undefined where nobody knows. */
   readonly totalBytes: number | undefined;
-  readonly onProgress: (doneBytes: number, totalBytes: number) => void;
+  readonly onProgress: OnProgress;
   /** Default 10,000. */
   readonly everyMs?: number;
 }
@@ -238,14 +247,14 @@ export interface WatchOptions {
 export async function watchFile<T>(host: Host, path: string, options: WatchOptions, work: Promise<T>): Promise<T> {
   const { totalBytes, onProgress, everyMs = WATCH_MS } = options;
   const end = new AbortController();
-  const watch = async (total: number): Promise<void> => {
+  const watch = async (): Promise<void> => {
     for (;;) {
       await sleep(everyMs, undefined, { signal: end.signal });
       const { stdout } = await host.run(["stat", "-c", "%b", "--", path], { signal: end.signal });
-      onProgress(Math.min(total, Number(stdout.toString("latin1")) * 512), total);
+      onProgress(Math.min(totalBytes ?? Number.POSITIVE_INFINITY, Number(stdout.toString("latin1")) * 512), totalBytes);
     }
   };
-  const watching = (totalBytes ? watch(totalBytes) : Promise.resolve()).catch(() => {
+  const watching = watch().catch(() => {
     // The work is over, or the host cannot be asked: the work itself tells of that.
   });
   try {
@@ -268,7 +277,7 @@ async function stampPart(part: PartFile, work: HostFolder, stamp: Uint8Array): P
   }
 }
 
-function fillScript(mode: HostMode, path: string, image: DiskImage, { format, layout }: ImportOptions): string {
+function fillScript(mode: HostMode, path: string, image: DiskImage, { format, layout }: HostImportOptions): string {
   if (mode === "move") return `exec ${quoteCommand(["ln", "-f", "-T", "--", path])} "$part"`;
   if (image.format === "raw" && format === "raw") {
     const sparse = layout === "full" ? "never" : "always";
@@ -282,7 +291,7 @@ function fillScript(mode: HostMode, path: string, image: DiskImage, { format, la
 }
 
 /** Brings the part to the declared size. */
-async function grow(part: PartFile, { format, layout, capacityBytes }: ImportOptions): Promise<void> {
+async function grow(part: PartFile, { format, layout, capacityBytes }: HostImportOptions): Promise<void> {
   if (format === "raw") await (layout === "full" ? part.allocate(capacityBytes) : part.setSize(capacityBytes));
   else {
     const preallocation = layout === "full" ? ["--preallocation=falloc"] : [];

@@ -50,18 +50,33 @@ export function formatArrival({
 /** No line earlier than this after the last: a quick copy needs none. */
 const QUIET_MS = 2000;
 
-/** A progress callback that says one line for every tenth of the way at most, each naming the disk. */
-export function tellProgress(name: string, say: (line: string) => void): (doneBytes: number, totalBytes: number) => void {
+/** Told how far a work is; `totalBytes` is undefined where nobody knows it before the end. */
+export type OnProgress = (doneBytes: number, totalBytes: number | undefined) => void;
+
+/**
+ * A progress callback that says one line for every tenth of the way at most, each naming the disk. Without a total it says what was written, and again
+ * when that has doubled.
+ */
+export function tellProgress(name: string, say: (line: string) => void): OnProgress {
   const startedMs = performance.now();
   let saidMs = startedMs;
   let saidTenths = 0;
+  let saidBytes = 0;
   return (doneBytes, totalBytes) => {
-    const tenths = Math.floor((doneBytes / totalBytes) * 10);
     const nowMs = performance.now();
-    if (tenths <= saidTenths || tenths >= 10 || nowMs - saidMs < QUIET_MS) return;
+    if (nowMs - saidMs < QUIET_MS) return;
+    const rate = (doneBytes / (nowMs - startedMs)) * 1000;
+    if (totalBytes === undefined || totalBytes === 0) {
+      if (doneBytes === 0 || doneBytes < 2 * saidBytes) return;
+      saidBytes = doneBytes;
+      saidMs = nowMs;
+      say(`${name}: ${formatBytes(doneBytes)} written so far, ${formatBytes(rate)}/s`);
+      return;
+    }
+    const tenths = Math.floor((doneBytes / totalBytes) * 10);
+    if (tenths <= saidTenths || tenths >= 10) return;
     saidTenths = tenths;
     saidMs = nowMs;
-    const rate = (doneBytes / (nowMs - startedMs)) * 1000;
     say(
       `${name}: ${tenths}0 % of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s, ${formatSeconds((totalBytes - doneBytes) / rate)} left`,
     );

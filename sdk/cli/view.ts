@@ -1,6 +1,6 @@
 /** Shows what a batch does: a live table on a terminal, plain lines elsewhere, NDJSON where it is asked for. */
 import { stderr, stdout } from "node:process";
-import type { BatchEvent } from "../batch/events.ts";
+import type { BatchEvent, CopyProgress } from "../batch/events.ts";
 import type { BatchMachine } from "../batch/manifest.ts";
 import { formatSeconds, printable } from "../batch/words.ts";
 
@@ -53,7 +53,7 @@ export function lineOf(event: BatchEvent): string | undefined {
         ? undefined
         : `${event.machine}: ${phaseOf(event)}${event.text === undefined ? "" : `: ${printable(event.text)}`}`;
     case "progress":
-      return `${event.machine}: ${event.disk} ${event.percent} % of ${event.total}, ${event.rate}, ${event.left} left`;
+      return `${event.machine}: ${event.disk} ${progressOf(event)}`;
     case "line":
       return event.level === "info" ? undefined : `${event.machine === undefined ? "" : `${event.machine}: `}${printable(event.text)}`;
     case "wave":
@@ -65,6 +65,19 @@ export function lineOf(event: BatchEvent): string | undefined {
 
 function phaseOf({ phase, attempt }: Extract<BatchEvent, { event: "phase" }>): string {
   return attempt > 1 ? `${phase} (attempt ${attempt})` : phase;
+}
+
+function progressOf(progress: CopyProgress): string {
+  return "written" in progress
+    ? `${progress.written} written so far, ${progress.rate}`
+    : `${progress.percent} % of ${progress.total}, ${progress.rate}, ${progress.left} left`;
+}
+
+/** Nothing where the end is not known. */
+function barOf(progress: CopyProgress): string {
+  if ("written" in progress) return "";
+  const filled = Math.round(progress.percent / 10);
+  return `${"█".repeat(filled)}${"░".repeat(10 - filled)} `;
 }
 
 function endOf({ state, seconds, reasons }: Extract<BatchEvent, { event: "ended" }>): string {
@@ -118,11 +131,9 @@ class TableView implements View {
         Object.assign(row, { phase: phaseOf(event), progress: "", colour: event.phase === "trying again" ? COLOURS.warned : COLOURS.busy });
         if (event.text !== undefined) row.said = printable(event.text);
         return;
-      case "progress": {
-        const filled = Math.round(event.percent / 10);
-        row.progress = `${"█".repeat(filled)}${"░".repeat(10 - filled)} ${event.percent} % of ${event.total}, ${event.rate}, ${event.left} left`;
+      case "progress":
+        row.progress = `${barOf(event)}${progressOf(event)}`;
         return;
-      }
       case "line":
         if (event.level !== "info") row.said = printable(event.text);
         return;

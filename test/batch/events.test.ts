@@ -18,6 +18,25 @@ test("reads the progress of a copy from the very line that the provider says", (
   }
 });
 
+test("reads what was written of a disk whose end nobody knows, which the provider says each time that it has doubled", () => {
+  vi.useFakeTimers({ toFake: ["performance"] });
+  try {
+    const lines: string[] = [];
+    const tell = tellProgress("web-disk0", (line) => lines.push(line));
+    for (const mebibytes of [0, 100, 199, 220, 500, 510]) {
+      vi.advanceTimersByTime(10_000);
+      tell(mebibytes * 2 ** 20, undefined);
+    }
+    expect(lines.map(parseProgress)).toEqual([
+      { disk: "web-disk0", written: "100 MiB", rate: "5.0 MiB/s" },
+      { disk: "web-disk0", written: "220 MiB", rate: "5.5 MiB/s" },
+      { disk: "web-disk0", written: "500 MiB", rate: "10.0 MiB/s" },
+    ]);
+  } finally {
+    vi.useRealTimers();
+  }
+});
+
 test("takes no other line for progress", () => {
   for (const line of ["web: 10 % done", "web: arrived as 5 MiB", "", "a b: 10 % of 1 GiB, 1 MiB/s, 1 s left"])
     expect(parseProgress(line)).toBeUndefined();

@@ -70,9 +70,11 @@ test("lets a settled table stand, and shows what comes below it", async () => {
 });
 
 test("says as a line what a reader of a log wants to know, and nothing that a terminal would obey", () => {
-  expect([copying, progress, failed].map(lineOf)).toEqual([
+  const endless: BatchEvent = { event: "progress", machine: "web", disk: "web-disk0", written: "1.2 GiB", rate: "110 MiB/s" };
+  expect([copying, progress, endless, failed].map(lineOf)).toEqual([
     "web: copying",
     "web: web-disk0 40 % of 1.2 GiB, 110 MiB/s, 7 s left",
+    "web: web-disk0 1.2 GiB written so far, 110 MiB/s",
     "db: failed in 3 s: host:  [31mno",
   ]);
   expect(lineOf({ event: "phase", machine: "web", phase: "previewing", attempt: 1 })).toBeUndefined();

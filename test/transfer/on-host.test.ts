@@ -2,6 +2,7 @@ import { appendFile, link, stat, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, it } from "vitest";
 import { HostFolder, watchFile } from "../../provider/transfer/on-host.ts";
+import type { OnProgress } from "../../provider/transfer/progress.ts";
 import { openHosts } from "../host/setup.ts";
 
 const MIB = 1024 * 1024;
@@ -24,7 +25,7 @@ it("tells how far a work on the host is, as its file grows, and settles as the w
   await writeFile(path, Buffer.alloc(MIB, 1));
   const told: number[] = [];
   const { work, finish, fail } = openWork();
-  const onProgress = (doneBytes: number, totalBytes: number): void => {
+  const onProgress: OnProgress = (doneBytes, totalBytes) => {
     expect(totalBytes).toBe(2 * MIB);
     if (told.at(-1) !== doneBytes) told.push(doneBytes);
     if (told.length === 1) void appendFile(path, Buffer.alloc(4 * MIB, 1)).then(() => finish("done"), fail);
@@ -40,11 +41,17 @@ it("tells how far a work on the host is, as its file grows, and settles as the w
   };
   // More than was thought is no more than all.
   await expect(watchFile(host, path, { totalBytes: 2 * MIB, onProgress: whole, everyMs: 1 }, late.work)).rejects.toThrow("no space left");
-  const unasked = { totalBytes: undefined, onProgress: () => expect.unreachable(), everyMs: 1 };
-  expect(await watchFile(host, "/nowhere", unasked, Promise.resolve("done"))).toBe("done");
+  // Where nobody knows the end, what is there is told all the same.
+  const endless = openWork();
+  const written: OnProgress = (doneBytes, totalBytes) => {
+    expect(totalBytes).toBeUndefined();
+    if (doneBytes >= 5 * MIB) endless.finish("done");
+  };
+  expect(await watchFile(host, path, { totalBytes: undefined, onProgress: written, everyMs: 1 }, endless.work)).toBe("done");
   // A host that cannot tell keeps no work from its end.
   const blind = host.run(["sleep", "0.1"]).then(() => "done");
-  expect(await watchFile(host, "/nowhere", { ...unasked, totalBytes: MIB }, blind)).toBe("done");
+  const untold = { totalBytes: MIB, onProgress: () => expect.unreachable(), everyMs: 1 };
+  expect(await watchFile(host, "/nowhere", untold, blind)).toBe("done");
 });
 
 it("notices a file on the host that was written and had its time set back, and minds no other link to it", async () => {
