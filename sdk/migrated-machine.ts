@@ -25,8 +25,8 @@ type ByName<Value> = Readonly<Record<string, Value>>;
 /** Which machine to bring home, and what to make of it. */
 export interface MigratedMachineArgs {
   /**
-   * Path of an OVA or an OVF (`ova`), or of a VMX (`vmx`), on the machine that runs Pulumi; the disks of an OVF and of a VMX lie beside it. Relative to
-   * the program's folder. Not an output: what is declared depends on it.
+   * Path of an OVA, an OVF or a zip archive of either (`ova`), or of a VMX (`vmx`), on the machine that runs Pulumi; the disks of an OVF and of a VMX lie
+   * beside it. Relative to the program's folder. Not an output: what is declared depends on it.
    */
   readonly source: PackageSource;
   /** The host that gets the machine: a libvirt URI, or an object with what a URI cannot say. Default: the stack's configuration `virtlift:host`. */

@@ -2,10 +2,10 @@
 import { dirname, join } from "node:path";
 import type { DescribedDisk } from "../provider/resources/machine-description.ts";
 
-/** An OVA, an OVF beside its disks, or a VMX beside its VMDKs. */
+/** An OVA, an OVF beside its disks, a zip archive of either, or a VMX beside its VMDKs. */
 export type PackageSource =
   | {
-      /** Path of an OVA or an OVF. */
+      /** Path of an OVA or an OVF, or of a zip archive that holds an OVA, or an OVF and its disks. */
       readonly ova: string;
     }
   | {

@@ -2,18 +2,15 @@
  * A machine as its package describes it, in the terms of our own arguments: which disks, what hardware, and what cannot come along.
  * Reads descriptors only, and at once: what a program declares depends on it.
  */
-import { closeSync, constants, fstatSync, openSync, readSync } from "node:fs";
-import { basename, dirname, extname, join } from "node:path";
+import { extname } from "node:path";
 import { DiskError } from "../errors.ts";
 import { openOva, openOvf, type OvfPackage } from "../image/ova.ts";
 import type { OvfDisk, OvfNic, OvfSystem } from "../image/ovf.ts";
-import { type Answer, type Ask, ImageError, MAX_READ_BYTES, type Parser } from "../image/parser.ts";
+import { ImageError, type Parser } from "../image/parser.ts";
 import { openVmx } from "../image/vmx.ts";
 import { quoted } from "../image/words.ts";
 import { fitsXml } from "../libvirt/render.ts";
-
-/** Beyond this many questions an archive leads in circles: it asks one for each member. */
-const MAX_ASKS = 100_000;
+import { driveAtOnce, openPackage } from "./package-files.ts";
 
 /** A disk of the machine. */
 export interface DescribedDisk {
@@ -75,26 +72,26 @@ export interface MachineDescription {
 }
 
 /**
- * Reads the machine in an OVA, or in an OVF or a VMX beside its disks.
+ * Reads the machine in an OVA, in an OVF or a VMX beside its disks, or in a zip archive of an OVA or of an OVF and its disks.
  *
  * Reads at once and at most some MiB: the archive's headers, the descriptor and the manifest; beside a VMX, the headers of its disks.
  * Throws DiskError: step "source" when a file cannot be read, step "header" when it is no package of one machine, or one that is incomplete.
  */
 export function describeMachine(path: string): MachineDescription {
-  using folder = new Folder(path);
   try {
-    const { sizeBytes } = folder.file("");
-    return descriptionOf(drive(parserFor(path, sizeBytes), folder), extname(path).toLowerCase() === ".vmx");
+    using files = openPackage(path);
+    const { name } = files;
+    return descriptionOf(driveAtOnce(parserFor(name, files.file("").sizeBytes), files), extname(name).toLowerCase() === ".vmx");
   } catch (error) {
     if (!(error instanceof ImageError)) throw error;
     throw new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error });
   }
 }
 
-function parserFor(path: string, sizeBytes: number): Parser<MachinePackage> {
-  switch (extname(path).toLowerCase()) {
+function parserFor(name: string, sizeBytes: number): Parser<MachinePackage> {
+  switch (extname(name).toLowerCase()) {
     case ".ovf":
-      return openOvf(basename(path), sizeBytes);
+      return openOvf(name, sizeBytes);
     case ".vmx":
       return openVmx(sizeBytes);
     default:
@@ -228,91 +225,4 @@ function bareLosses(system: OvfSystem): readonly string[] {
   if (system.floppies.length > 0) said.push("its floppy drive does not come along");
   if (system.cpuHotAdd || system.memoryHotAdd) said.push("processors and memory cannot be added while it runs");
   return [...said, ...system.others.map((other) => `${other} does not come along`)];
-}
-
-/** Runs a parser on files of this machine. Throws what it throws, DiskError when a file cannot be read. */
-function drive<T>(parser: Parser<T>, folder: Folder): T {
-  let asks = 0;
-  for (let step = parser.next(); ; step = parser.next(answerTo(step.value, folder))) {
-    if (step.done) return step.value;
-    if (++asks > MAX_ASKS) throw new ImageError("the archive leads in circles");
-  }
-}
-
-function answerTo(ask: Ask, folder: Folder): Answer {
-  if (ask.kind === "size") return folder.find(ask.file)?.sizeBytes;
-  if (ask.length > MAX_READ_BYTES) throw new ImageError(`it asks for ${ask.length} bytes at once`);
-  return folder.file(ask.file).read(ask.offset, ask.length);
-}
-
-interface OpenFile {
-  readonly descriptor: number;
-  readonly sizeBytes: number;
-  read(offset: number, length: number): Uint8Array;
-}
-
-/** The package's files, each opened once: the package itself under "", the others by their plain names beside it. */
-class Folder implements Disposable {
-  readonly #path: string;
-  readonly #open = new Map<string, OpenFile | undefined>();
-
-  constructor(path: string) {
-    this.#path = path;
-  }
-
-  /** Undefined when there is no such file. Throws ImageError on a name with a path. */
-  find(name: string): OpenFile | undefined {
-    if (name.includes("/") || name === "." || name === ".." || name.includes("\0"))
-      throw new ImageError(`it refers to ${quoted(name)}: only files beside it are read`);
-    const known = this.#open.get(name);
-    if (known !== undefined || this.#open.has(name)) return known;
-    const opened = openFile(name === "" ? this.#path : join(dirname(this.#path), name), name === "");
-    this.#open.set(name, opened);
-    return opened;
-  }
-
-  file(name: string): OpenFile {
-    const path = name === "" ? this.#path : join(dirname(this.#path), name);
-    return this.find(name) ?? raise(new DiskError(`there is no file ${path}`, { step: "source", path }));
-  }
-
-  [Symbol.dispose](): void {
-    for (const file of this.#open.values()) if (file !== undefined) closeSync(file.descriptor);
-    this.#open.clear();
-  }
-}
-
-function openFile(path: string, isPackage: boolean): OpenFile | undefined {
-  let descriptor: number;
-  try {
-    // A link beside the package could lead anywhere; O_NONBLOCK keeps a FIFO from hanging the open.
-    descriptor = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK | (isPackage ? 0 : constants.O_NOFOLLOW));
-  } catch (error) {
-    if (error instanceof Error && "code" in error && error.code === "ENOENT") return undefined;
-    const reason = error instanceof Error ? error.message : String(error);
-    throw new DiskError(`cannot read ${path}: ${reason}`, { step: "source", path, cause: error });
-  }
-  const stat = fstatSync(descriptor);
-  if (!stat.isFile()) {
-    closeSync(descriptor);
-    throw new DiskError(`${path} is not a regular file`, { step: "source", path });
-  }
-  return {
-    descriptor,
-    sizeBytes: stat.size,
-    read(offset, length) {
-      const buffer = new Uint8Array(Math.max(0, Math.min(length, stat.size - offset)));
-      let filled = 0;
-      while (filled < buffer.length) {
-        const count = readSync(descriptor, buffer, filled, buffer.length - filled, offset + filled);
-        if (count === 0) break;
-        filled += count;
-      }
-      return buffer.subarray(0, filled);
-    },
-  };
-}
-
-function raise(error: Error): never {
-  throw error;
 }

@@ -8,7 +8,7 @@ const EXIT_CODES = { ok: 0, warn: 1, block: 2 } as const;
 
 export const check: Command = {
   name: "check",
-  usage: "check <file.ova|.ovf|.vmx|.vmdk|...> --host <libvirt URI> [--pool <pool>] [--network <network>] [--json]",
+  usage: "check <file.ova|.ovf|.vmx|.zip|.vmdk|...> --host <libvirt URI> [--pool <pool>] [--network <network>] [--json]",
   summary:
     "Says what would be done with an image or a package on the host, and what stands in the way; changes nothing. Exit code: 0 fine, 1 warnings, 2 it would fail.",
   async run(argv) {

@@ -1,6 +1,8 @@
 /** MigratedMachine in a program that the CLI runs, against a real libvirtd. */
 import { readdir } from "node:fs/promises";
+import { join } from "node:path";
 import { expect, test } from "vitest";
+import { runCommand } from "../../scripts/setup/command.ts";
 import { prepareGuestOva } from "../../scripts/guest/ova.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
 import { openPulumi } from "../bed/pulumi.ts";
@@ -25,7 +27,7 @@ new MigratedMachine("lost", { source, networks: {} });
 new MigratedMachine("typo", { source, pools: { "other.vmdk": "fast" } });
 `;
 
-test("copies no disk for a machine that cannot be, also without a preview, previews all that are wrong, and has nothing to do the second time", async () => {
+test("copies no disk for a machine that cannot be, also without a preview, previews all that are wrong, brings one out of a zip archive, and has nothing to do the second time", async () => {
   await using pulumi = await openPulumi();
   await using libvirtd = await openLibvirtd();
   const { path: ova } = await prepareGuestOva();
@@ -52,6 +54,9 @@ test("copies no disk for a machine that cannot be, also without a preview, previ
 
   await project.write(PROGRAM);
   await project.mustRun("config", "rm", "network");
+  const zip = join(libvirtd.directory, "web.zip");
+  await runCommand(["zip", "-q", "-0", "-j", zip, ova]);
+  await project.mustRun("config", "set", "ova", zip);
   await project.mustRun("up", "--yes", "--skip-preview");
   const outputs = JSON.parse((await project.mustRun("stack", "output", "--json")).stdout) as { name: string; disks: readonly string[] };
   expect(outputs.name).toBe("web");

@@ -1,9 +1,11 @@
 /** `virtlift check`, in a process of its own. */
 import { execFile } from "node:child_process";
-import { writeFile } from "node:fs/promises";
+import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { execPath } from "node:process";
 import { expect, test } from "vitest";
+import { prepareGuestOva } from "../../scripts/guest/ova.ts";
+import { runCommand } from "../../scripts/setup/command.ts";
 import { qemuImg } from "../image/qemu.ts";
 import { vmxSeed } from "../image/seeds.ts";
 import { sparseVmdkSeed } from "../image/sparse-seeds.ts";
@@ -46,5 +48,31 @@ test("its exit code tells the worst level, and its findings come as a table or a
   const whole = await virtlift("check", vmx, "--host", libvirtd.uri);
   expect(whole.stdout).toMatch(/a\.vmdk \(vmdk monolithicSparse.* -> this machine:/);
   expect(whole.stdout).toMatch(/^info +machine +source: its UEFI variables do not come along: .* \(virtlift\/package-note\)$/m);
+  const zip = join(libvirtd.directory, "packed.zip");
+  const ova = (await prepareGuestOva()).path;
+  const { stdout: members } = await runCommand(["tar", "--list", `--file=${ova}`]);
+  await runCommand(["tar", "--extract", `--file=${ova}`, `--directory=${libvirtd.directory}`]);
+  const unpacked = members
+    .trim()
+    .split("\n")
+    .map((name) => join(libvirtd.directory, name));
+  const packages = [
+    { packed: [file], plan: /packed\.zip \(raw, 64\.0 KiB virtual\) -> this machine:/, machine: 0 },
+    { packed: unpacked, plan: /packed\.zip \(vmdk streamOptimized, 64\.0 MiB virtual\) -> this machine:/, machine: 1 },
+    {
+      packed: [ova],
+      plan: /packed\.zip \(.* of a size that shows on import\) -> .*, and how much there is to send shows then, too$/m,
+      machine: 1,
+    },
+  ];
+  for (const { packed, plan, machine } of packages) {
+    await runCommand(["zip", "-q", "-1", "-j", zip, ...packed]);
+    const { stdout } = await virtlift("check", zip, "--host", libvirtd.uri);
+    expect(stdout).toMatch(plan);
+    expect(stdout.match(/^block +machine +networks\[0\]\.network: the network default on this machine is not active/gm) ?? []).toHaveLength(
+      machine,
+    );
+    await rm(zip);
+  }
   expect(await virtlift("check", file)).toMatchObject({ code: 2, stderr: expect.stringContaining("give the host") });
 }, 60_000);

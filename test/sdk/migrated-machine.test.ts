@@ -1,7 +1,8 @@
-import { copyFile, truncate, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { copyFile, readFile, rm, truncate, writeFile } from "node:fs/promises";
+import { dirname, join } from "node:path";
 import { RunError } from "@pulumi/pulumi";
-import { expect, test } from "vitest";
+import { expect, test, vi } from "vitest";
+import { runCommand } from "../../scripts/setup/command.ts";
 import { MigratedMachine, type MigratedMachineArgs } from "../../sdk/migrated-machine.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { vmxSeed } from "../image/seeds.ts";
@@ -55,6 +56,33 @@ test("declares the disks in the hardware's order and the machine over them, with
       { bridge: "br1", model: "e1000e" },
     ],
   });
+});
+
+test("declares a machine from a zip archive as from the package in it, and says what is wrong with one", async () => {
+  await using exported = await openVmware();
+  const zip = `${exported.ova}.zip`;
+  const pack = async (...files: readonly string[]): Promise<string> => {
+    await rm(zip, { force: true });
+    await runCommand(["zip", "-q", "-j", zip, ...files.map((file) => join(dirname(exported.ova), file))]);
+    return zip;
+  };
+  const describe = (name: string, ova: string) =>
+    new MigratedMachine(name, { source: { ova }, host: "test:///default", networks: NETWORKS }).description;
+  const plain = describe("plain", exported.ova);
+  expect(describe("zipped", await pack("vmware.ovf", "app01-1.vmdk", "app01-2.vmdk"))).toEqual(plain);
+  await vi.waitFor(() => expect(inputsOf("zipped-disk1")).toMatchObject({ source: { ova: zip, disk: 1 } }));
+
+  const lone = await pack("app01-1.vmdk");
+  expect(() => describe("lone", lone)).toThrow(
+    /^lone: .*vmware\.ovf\.zip: the zip archive holds no machine, but "app01-1\.vmdk": take it as a disk/,
+  );
+  const part = await pack("vmware.ovf", "app01-1.vmdk");
+  expect(() => describe("part", part)).toThrow(/app01-2\.vmdk/);
+  const bytes = await readFile(await pack("vmware.ovf", "app01-1.vmdk", "app01-2.vmdk"));
+  // A byte in the middle of the deflated descriptor, which comes first.
+  bytes[2000] = bytes[2000]! ^ 0xff;
+  await writeFile(zip, bytes);
+  expect(() => describe("damaged", zip)).toThrow(/"vmware\.ovf" in the zip archive is damaged/);
 });
 
 /** A VMX and its VMDK as they lie in a datastore's folder. */

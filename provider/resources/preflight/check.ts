@@ -12,7 +12,7 @@ import { PACKAGE_RULES } from "./package-rules.ts";
 import { type Judgement, judge, type Level } from "./rule.ts";
 
 export interface CheckRequest {
-  /** Path of an image, an OVA, an OVF or a VMX on this machine. */
+  /** Path of an image, an OVA, an OVF or a VMX on this machine, or of a zip archive of one of the first three. */
   readonly path: string;
   readonly host: z.input<typeof HostSchema>;
   /** Default `default`. */
@@ -66,7 +66,7 @@ export async function checkSource(
     machine = isPackage(path) ? describeMachine(path) : undefined;
   } catch (error) {
     if (!(error instanceof DiskError)) throw error;
-    // Of an archive and an OVF the check of the disk in it says why.
+    // Of an archive and an OVF the check of the disk in it says why; a zip archive may be one of a disk alone.
     if (isVmx(path)) note("machine", ORIGIN, [{ property: "source", reason: error.message }]);
   }
   if (machine !== undefined) tell("machine", judge(PACKAGE_RULES, machine, {}));
@@ -101,14 +101,18 @@ export async function checkSource(
 
 function sourcesOf(path: string, machine: MachineDescription | undefined): readonly object[] {
   if (!isPackage(path)) return [{ file: path }];
+  if (machine === undefined) return isVmx(path) ? [] : [isZipName(path) ? { file: path } : { ova: path }];
   const sourceOf = (file: string, index: number) => (isVmx(path) ? { file: join(dirname(path), file) } : { ova: path, disk: index });
-  return (
-    machine?.disks.flatMap(({ file, index }) => (file === undefined ? [] : [sourceOf(file, index)])) ?? (isVmx(path) ? [] : [{ ova: path }])
-  );
+  return machine.disks.flatMap(({ file, index }) => (file === undefined ? [] : [sourceOf(file, index)]));
 }
 
 function isPackage(path: string): boolean {
-  return /\.(ova|ovf)$/i.test(path) || isVmx(path);
+  return /\.(ova|ovf)$/i.test(path) || isVmx(path) || isZipName(path);
+}
+
+/** It may hold a machine, or a disk alone. */
+function isZipName(path: string): boolean {
+  return /\.zip$/i.test(path);
 }
 
 function isVmx(path: string): boolean {

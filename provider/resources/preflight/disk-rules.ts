@@ -423,6 +423,7 @@ export function describeCopy(
     return `${from}, ${mode === "move" ? "moved" : "copied"} on ${host.label} itself, nothing to send`;
   }
   if ("url" in inputs.source && inputs.source.fetch === "host") return `${from}, fetched by ${host.label} itself, nothing to send`;
+  if (source.virtualSizeBytes === 0) return `${from}, and how much there is to send shows then, too`;
   return `${from}, about ${formatBytes(wireBytes)} to send, about ${formatSeconds(seconds)} (at ${formatBytes(bytesPerSecond)}/s, ${basis})`;
 }
 
