@@ -3,6 +3,7 @@
  * the packages of its caller that costs twice the processors' time and half as much memory again.
  */
 import { type ChildProcess, fork } from "node:child_process";
+import { availableParallelism } from "node:os";
 import { extname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type PackedError, unpackError } from "../errors.ts";
@@ -21,6 +22,16 @@ const PROGRAM = fileURLToPath(new URL(`./import-program${extname(import.meta.fil
  * sparse import of 1 GiB: 8.4 instead of 12.6 processor seconds, 200 instead of 260 MB.
  */
 const NODE_OPTIONS: readonly string[] = ["--max-semi-space-size=1", "--initial-old-space-size=48", "--stack-trace-limit=0"];
+
+/**
+ * libuv's threads inflate and pack. glibc gives large buffers back to the system when they are freed, and keeps few heaps of small ones: 25 MB less,
+ * measured, for nothing. Source: mallopt(3).
+ */
+const ENVIRONMENT = {
+  UV_THREADPOOL_SIZE: String(Math.max(4, availableParallelism())),
+  MALLOC_ARENA_MAX: "2",
+  MALLOC_MMAP_THRESHOLD_: "524288",
+};
 
 const MAX_STDERR_CHARACTERS = 4096;
 
@@ -64,7 +75,7 @@ export async function importInProcess(order: ImportOrder, settings: ImportSettin
   settings.signal.throwIfAborted();
   const child = fork(PROGRAM, [], {
     execArgv: [...NODE_OPTIONS],
-    env: order.hosts.environment,
+    env: { ...ENVIRONMENT, ...order.hosts.environment },
     // A terminal's Ctrl-C is for whoever asked, who says what it means.
     detached: true,
     serialization: "advanced",

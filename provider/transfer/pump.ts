@@ -1,5 +1,6 @@
 /** All guest data of a source, from its files to where it shall be, in one forward pass. */
 import { createHash } from "node:crypto";
+import { availableParallelism } from "node:os";
 import { promisify } from "node:util";
 import { deflateRaw } from "node:zlib";
 import { isZero } from "../image/bytes.ts";
@@ -12,8 +13,8 @@ import type { OpenSource } from "./source.ts";
 /** The most of a plain run that is written at once. */
 const PIECE_BYTES = 1024 * 1024;
 
-/** Clusters that are inflated or deflated at the same time, on libuv's threads. */
-const MAX_DECODING = 8;
+/** Clusters that are inflated or deflated at the same time, on libuv's threads: enough to keep each at work. */
+const MAX_DECODING = Math.max(8, 2 * availableParallelism());
 
 /** A stream that is smaller than its cluster by this factor may be one of zeros: those deflate by a thousand. */
 const ZEROS_RATIO = 256;

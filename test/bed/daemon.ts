@@ -101,6 +101,16 @@ function killTree(child: ChildProcess): void {
   }
 }
 
+/** What a process was started as, its words ended by NUL; empty for one that has ended meanwhile. */
+export function commandLine(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+  } catch {
+    // ENOENT or ESRCH.
+    return "";
+  }
+}
+
 /** Pids of all children, theirs, and so on. Source: proc(5), /proc/pid/task/tid/children. */
 export function descendants(pid: number): readonly number[] {
   let text: string;

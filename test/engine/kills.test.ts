@@ -4,7 +4,7 @@ import { readdir, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { runCommand } from "../../scripts/setup/command.ts";
-import { descendants } from "../bed/daemon.ts";
+import { commandLine, descendants } from "../bed/daemon.ts";
 import { openLibvirtd } from "../bed/libvirtd.ts";
 import { openPulumi, type RunningPulumi } from "../bed/pulumi.ts";
 
@@ -26,8 +26,7 @@ async function openBed() {
   const running = project.start("up", "--yes", "--skip-preview");
   const partBytes = await waitForPart(join(libvirtd.poolPath, ".virtlift"), running);
   const provider = providerOf(pulumi.env["PULUMI_HOME"] ?? "");
-  const importer =
-    descendants(provider).find((pid) => commandLineOf(pid).includes("import-program")) ?? expect.unreachable("nobody imports");
+  const importer = descendants(provider).find((pid) => commandLine(pid).includes("import-program")) ?? expect.unreachable("nobody imports");
   // The writers sleep, so that nothing is finished before anybody is killed.
   const writers = descendants(importer);
   for (const pid of writers) process.kill(pid, "SIGSTOP");
@@ -50,16 +49,6 @@ async function openBed() {
     },
     [Symbol.asyncDispose]: () => held.disposeAsync(),
   };
-}
-
-/** Empty for a process that has ended meanwhile. */
-function commandLineOf(pid: number): string {
-  try {
-    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
-  } catch {
-    // ENOENT, ESRCH.
-    return "";
-  }
 }
 
 /** Whether it runs; an orphan that init has not reaped yet does not. Source: proc_pid_stat(5), the third field. */
@@ -96,7 +85,7 @@ function providerOf(home: string): number {
     .filter(Boolean)
     .find((each) => {
       try {
-        const [program, script] = commandLineOf(each).split("\0");
+        const [program, script] = commandLine(each).split("\0");
         const isProvider = program?.endsWith("node") === true && script?.includes("cmd/dynamic-provider") === true;
         return isProvider && readFileSync(`/proc/${each}/environ`, "utf8").split("\0").includes(`PULUMI_HOME=${home}`);
       } catch {

@@ -1,7 +1,7 @@
 import { spawn } from "node:child_process";
 import { createHash, randomBytes } from "node:crypto";
 import { once } from "node:events";
-import { existsSync, readFileSync, statSync } from "node:fs";
+import { existsSync, statSync } from "node:fs";
 import { readdir, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -12,7 +12,7 @@ import { PathTaken } from "../../provider/transfer/part.ts";
 import { WORK_FOLDER } from "../../provider/transfer/part-file.ts";
 import { openSource, type OpenSource } from "../../provider/transfer/source.ts";
 import type { ImportRequest } from "../../scripts/bench/import-once.ts";
-import { descendants } from "../bed/daemon.ts";
+import { commandLine, descendants } from "../bed/daemon.ts";
 import { openDirectory, type TemporaryDirectory } from "../bed/directory.ts";
 import { type KvmHost, openKvmHost } from "../bed/libvirtd.ts";
 import { createOwnHosts } from "../host/setup.ts";
@@ -36,16 +36,6 @@ function strikeAt(offset: number, source: OpenSource, strike: () => Promise<void
     },
   }));
   return { ...source, files, [Symbol.asyncDispose]: () => source[Symbol.asyncDispose]() };
-}
-
-/** Empty for a process that has ended meanwhile, as those do that write and hash a frame. */
-function commandLine(pid: number): string {
-  try {
-    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
-  } catch {
-    // ENOENT or ESRCH: it has ended.
-    return "";
-  }
 }
 
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
