@@ -1,3 +1,4 @@
+import { join } from "node:path";
 import { env } from "node:process";
 import { defineConfig } from "vitest/config";
 
@@ -12,5 +13,7 @@ export default defineConfig({
     testTimeout: 30_000,
     hookTimeout: 30_000,
     restoreMocks: true,
+    // Each process that a test starts would compile the sources anew.
+    env: { NODE_COMPILE_CACHE: join(import.meta.dirname, "node_modules/.cache/compiled") },
   },
 });

@@ -34,8 +34,9 @@ export interface ImportOptions extends PumpOptions {
   readonly stamp: object;
   /** `content`: besides, what the host's own qemu-img reads from the finished volume is compared with the source. Default `digest`. */
   readonly verify?: "digest" | "content";
-  /** Write a volume of this pool through libvirt's upload stream. Default: a part file, written by a program on the host. */
+  /** What leaves waits for it. Default: nothing. */
   readonly throttle?: Throttle | undefined;
+  /** Write a volume of this pool through libvirt's upload stream. Default: a part file, written by a program on the host. */
   readonly upload?: { readonly pool: string; readonly isBlock: boolean; readonly patienceMs?: number } | undefined;
 }
 
