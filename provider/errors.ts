@@ -100,7 +100,7 @@ export interface PackedError {
 export function packError(error: unknown): PackedError {
   if (!(error instanceof Error)) return { name: "Error", message: String(error), detail: {} };
   const { name, message } = error;
-  return { name, message, detail: name in OURS ? { ...error, cause: undefined } : {} };
+  return { name, message, detail: name in OURS ? Object.fromEntries(Object.entries(error)) : {} };
 }
 
 /** One of ours again, or a plain Error. */

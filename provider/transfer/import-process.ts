@@ -81,7 +81,7 @@ export async function importInProcess(order: ImportOrder, settings: ImportSettin
     serialization: "advanced",
     stdio: ["ignore", "ignore", "pipe", "ipc"],
   });
-  const abort = (): void => void tell(child, "abort");
+  const abort = (): void => tell(child, "abort");
   settings.signal.addEventListener("abort", abort, { once: true });
   const ended = new Promise<void>((resolve) => child.once("exit", () => resolve()).once("error", () => resolve()));
   try {
