@@ -28,7 +28,7 @@ export function packagePath(source: PackageSource): string {
 export function diskSource(
   source: PackageSource,
   { file, index }: DescribedDisk,
-): { readonly ova: string; readonly disk: number } | { readonly file: string } | undefined {
+): { readonly ova: string; readonly disk: number } | { readonly file: string; readonly vmx: string } | undefined {
   if (file === undefined) return undefined;
-  return "vmx" in source ? { file: join(dirname(source.vmx), file) } : { ova: source.ova, disk: index };
+  return "vmx" in source ? { file: join(dirname(source.vmx), file), vmx: source.vmx } : { ova: source.ova, disk: index };
 }

@@ -1,5 +1,5 @@
 /** From what a program declares as a disk's source to something that can be read: on this machine, on a server, or on the host itself. */
-import { posix } from "node:path";
+import { basename, posix } from "node:path";
 import { ConnectionError, DiskError, isNotFound, LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { resolveChecksum } from "../transfer/checksum.ts";
@@ -15,6 +15,7 @@ import { parseStamp, probe } from "../transfer/probe.ts";
 import { imageAhead, lookAhead, openSource, type OpenSource, type SourceOptions, type SourceSpec } from "../transfer/source.ts";
 import { findWrapping } from "../transfer/unwrap.ts";
 import type { DiskInputs } from "./imported-disk.ts";
+import { readPackage } from "./machine-description.ts";
 import { gatherSource, type SourceFacts } from "./preflight/source-facts.ts";
 import type { Source } from "./schema.ts";
 import { domainsUsing } from "./usage.ts";
@@ -22,8 +23,9 @@ import { domainsUsing } from "./usage.ts";
 /** Where things are kept on this machine, what stops a long read, and who is told how far the host is when it fetches. */
 export type SourceSettings = Pick<SourceOptions, "scratchFolder" | "signal"> & Pick<HostFetchOptions, "onProgress">;
 
-/** What of a declared source decides which bytes it gives: how it is fetched does not. */
+/** What of a declared source decides which bytes it gives: how it is fetched, and which machine it was of, does not. */
 export function sourceIdentity(source: Source): object {
+  if ("file" in source) return { file: source.file };
   if (!("url" in source)) return source;
   return { url: source.url, ...(source.disk !== undefined && { disk: source.disk }) };
 }
@@ -88,7 +90,8 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
     await using opened = isOnHost(source)
       ? (await open(host, inputs, source, settings, true)).source
       : await openSource(source, { ...settings, checksum, isPreview: true });
-    return await gatherSource(opened);
+    const facts = await gatherSource(opened);
+    return "file" in source && source.vmx !== undefined ? { ...facts, packed: packedBy(source.vmx, source.file) } : facts;
   } catch (error) {
     if (error instanceof DiskError) return error;
     if (error instanceof ConnectionError && ("url" in source || checksum?.startsWith("http"))) {
@@ -96,6 +99,13 @@ export async function previewDeclared(host: Host, inputs: DiskInputs, settings: 
     }
     throw error;
   }
+}
+
+/** The machine of a VMX, and which of its disks a file beside it is; undefined when it is none of them. Throws DiskError. */
+function packedBy(vmx: string, file: string): SourceFacts["packed"] {
+  const machine = readPackage(vmx);
+  const disk = machine.disks.find(({ place }) => place?.name === basename(file));
+  return disk && { package: machine, disk };
 }
 
 /** A source whose bytes the host itself reads, by programs of its own. */

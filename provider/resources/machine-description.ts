@@ -7,7 +7,7 @@ import { DiskError } from "../errors.ts";
 import { openOva, openOvf, type OvfPackage } from "../image/ova.ts";
 import type { OvfDisk, OvfNic, OvfSystem } from "../image/ovf.ts";
 import { ImageError, type Parser } from "../image/parser.ts";
-import { openVmx } from "../image/vmx.ts";
+import { openVmx, type VmxPackage } from "../image/vmx.ts";
 import { quoted } from "../image/words.ts";
 import { fitsXml } from "../libvirt/render.ts";
 import { driveAtOnce, openPackage } from "./package-files.ts";
@@ -67,7 +67,7 @@ export interface MachineDescription {
   readonly networks: readonly DescribedNetwork[];
   /** Absent from descriptions that were stored before there were any. */
   readonly cdroms?: readonly DescribedDrive[];
-  /** What the user should know, one sentence each: above all what does not come along. Of an OVA and an OVF not what the check of the boot disk says. */
+  /** What the user should know, one sentence each: above all what does not come along. Not what the check of the boot disk says. */
   readonly notes: readonly string[];
 }
 
@@ -78,10 +78,22 @@ export interface MachineDescription {
  * Throws DiskError: step "source" when a file cannot be read, step "header" when it is no package of one machine, or one that is incomplete.
  */
 export function describeMachine(path: string): MachineDescription {
+  return ofFile(path, () => descriptionOf(readAtOnce(path)));
+}
+
+/** What a package says in its own terms. Reads and throws as `describeMachine`. */
+export function readPackage(path: string): MachinePackage {
+  return ofFile(path, () => readAtOnce(path));
+}
+
+function readAtOnce(path: string): MachinePackage {
+  using files = openPackage(path);
+  return driveAtOnce(parserFor(files.name, files.file("").sizeBytes), files);
+}
+
+function ofFile<T>(path: string, read: () => T): T {
   try {
-    using files = openPackage(path);
-    const { name } = files;
-    return descriptionOf(driveAtOnce(parserFor(name, files.file("").sizeBytes), files), extname(name).toLowerCase() === ".vmx");
+    return read();
   } catch (error) {
     if (!(error instanceof ImageError)) throw error;
     throw new DiskError(`${path}: ${error.message}`, { step: "header", path, cause: error });
@@ -99,14 +111,11 @@ function parserFor(name: string, sizeBytes: number): Parser<MachinePackage> {
   }
 }
 
-/** What all packages have. */
-type MachinePackage = Pick<OvfPackage, "system" | "disks" | "notes">;
+/** An OVF's says how its files are vouched for, too. */
+export type MachinePackage = VmxPackage | OvfPackage;
 
-/**
- * What a package says, in our terms. `isBare`: its disks are imported as plain images, so that their checks, whose rules say what else is lost, know
- * nothing of it. Pure. Throws ImageError when the machine has no disk that it could boot from.
- */
-function descriptionOf({ system, disks, notes }: MachinePackage, isBare: boolean): MachineDescription {
+/** What a package says, in our terms. Pure. Throws ImageError when the machine has no disk that it could boot from. */
+function descriptionOf({ system, disks, notes }: MachinePackage): MachineDescription {
   if (!disks.some(({ place }) => place !== undefined))
     throw new ImageError("the machine has no disk with content: there is nothing to boot from");
   const guest = guestOf(system);
@@ -118,7 +127,7 @@ function descriptionOf({ system, disks, notes }: MachinePackage, isBare: boolean
     disks: disks.map(({ index, name, place, capacityBytes }) => ({ index, label: name, file: place?.name, sizeBytes: capacityBytes })),
     networks,
     cdroms: system.cdroms.map(({ name }) => ({ label: name })),
-    notes: [...notes, ...losses(system, disks, hardware, guest), ...(isBare ? bareLosses(system) : [])],
+    notes: [...notes, ...losses(system, disks, hardware, guest)],
   };
 }
 
@@ -183,7 +192,7 @@ function isUnicast(mac: string): boolean {
   return (Number.parseInt(mac.slice(0, 2), 16) & 1) === 0 && mac !== "00:00:00:00:00:00";
 }
 
-/** One sentence for everything that the machine had and will not have, but for `bareLosses`. */
+/** One sentence for everything that the machine had and will not have, but for what the rules about its boot disk say. */
 function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: DescribedHardware, guest: GuestKind): readonly string[] {
   const said: string[] = [];
   const boot = disks.find(({ file }) => file !== undefined);
@@ -215,14 +224,4 @@ function losses(system: OvfSystem, disks: readonly OvfDisk[], hardware: Describe
   if (system.properties.some(({ value }) => value !== undefined && value !== "") && system.transports.length > 0)
     said.push(`its vApp properties (by ${system.transports.join(", ")}) do not reach the guest`);
   return said;
-}
-
-/** What rules about the boot disk of an OVF say of it: virtlift/nvram-lost, vtpm-lost, hardware-lost, passthrough-lost and hot-add-lost. */
-function bareLosses(system: OvfSystem): readonly string[] {
-  const said: string[] = [];
-  if (system.firmware === "efi") said.push("its UEFI variables do not come along: it boots by the fallback path of its EFI partition");
-  if (system.hasVtpm) said.push("it gets a new TPM: keys that only the old one held are lost (have BitLocker's recovery key ready)");
-  if (system.floppies.length > 0) said.push("its floppy drive does not come along");
-  if (system.cpuHotAdd || system.memoryHotAdd) said.push("processors and memory cannot be added while it runs");
-  return [...said, ...system.others.map((other) => `${other} does not come along`)];
 }

@@ -90,6 +90,8 @@ const FileSourceSchema = z.strictObject({
    * or in a zip archive that holds one. Relative to the program's folder.
    */
   file: z.string().min(1),
+  /** Path of the VMX of the machine that the disk belongs to, so that its preview says what is lost with that. Changes nothing of the disk. */
+  vmx: z.string().min(1).optional(),
 });
 const OvaSourceSchema = z.strictObject({
   /** Path of an OVA, of an OVF beside its disks, or of a zip archive with such or with several disks, on the machine that runs Pulumi. */
@@ -139,7 +141,7 @@ const VolumeSourceSchema = z.strictObject({
 /** Where a disk comes from: exactly one kind. */
 export const SourceSchema = z.union([FileSourceSchema, OvaSourceSchema, UrlSourceSchema, HostPathSourceSchema, VolumeSourceSchema], {
   error: ({ input }) =>
-    `source is exactly one of { file }, { ova, disk? }, { url, disk?, headers?, fetch?, caFile? }, { hostPath, mode? } and { volume, pool? }, got ${keysOf(input)}`,
+    `source is exactly one of { file, vmx? }, { ova, disk? }, { url, disk?, headers?, fetch?, caFile? }, { hostPath, mode? } and { volume, pool? }, got ${keysOf(input)}`,
 });
 
 /** What was declared, without values: those of headers are secrets. */

@@ -80,7 +80,7 @@ const MachineSchema = z.strictObject({
       },
     )
     .describe(
-      "Where the machine comes from: { ova: path } of an OVA or OVF, { vmx: path } of a VMX beside its VMDKs, or a source of ImportedDisk for a machine of one disk. Relative to the manifest.",
+      "Where the machine comes from: { ova: path } of an OVA, an OVF or a zip archive of either, { vmx: path } of a VMX beside its VMDKs, or a source of ImportedDisk for a machine of one disk. Relative to the manifest.",
     ),
   name: NameSchema.optional().describe("The machine's name in libvirt. Default: its key here."),
   migrationRef: z.string().max(200).optional().describe("The user's own name for this migration. Default: wave-<wave>/<key>."),

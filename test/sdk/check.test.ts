@@ -41,13 +41,19 @@ test("its exit code tells the worst level, and its findings come as a table or a
     findings: [{ resource: "disk 0", rule: "virtlift/source-missing", level: "block", property: "source" }],
   });
   const vmx = join(libvirtd.directory, "web.vmx");
-  await writeFile(vmx, vmxSeed());
+  await writeFile(vmx, vmxSeed(['pciPassthru0.present = "TRUE"', 'sound.present = "TRUE"', 'uuid.bios = "56 4d 01 02"']));
   const lone = await virtlift("check", vmx, "--host", libvirtd.uri);
   expect(lone).toMatchObject({ code: 2, stdout: expect.stringContaining('there is no "a.vmdk" beside the VMX') });
   await writeFile(join(libvirtd.directory, "a.vmdk"), sparseVmdkSeed());
   const whole = await virtlift("check", vmx, "--host", libvirtd.uri);
-  expect(whole.stdout).toMatch(/a\.vmdk \(vmdk monolithicSparse.* -> this machine:/);
-  expect(whole.stdout).toMatch(/^info +machine +source: its UEFI variables do not come along: .* \(virtlift\/package-note\)$/m);
+  expect(whole.code).toBe(2);
+  for (const [level, rule] of [
+    ["block", "passthrough-lost"],
+    ["warn", "nvram-lost"],
+    ["warn", "hardware-lost"],
+  ])
+    expect(whole.stdout).toMatch(new RegExp(`^${level} +disk 0 +source: .* of the package's machine .* \\(virtlift/${rule}\\)$`, "m"));
+  expect(whole.stdout).toMatch(/^info +machine +source: its BIOS UUID .* \(virtlift\/package-note\)$/m);
   const zip = join(libvirtd.directory, "packed.zip");
   const ova = (await prepareGuestOva()).path;
   const { stdout: members } = await runCommand(["tar", "--list", `--file=${ova}`]);

@@ -99,7 +99,10 @@ test("declares a machine from its VMX and the VMDKs beside it as from an OVF", a
   await using folder = await openFolder('ethernet0.startConnected = "FALSE"');
   const machine = new MigratedMachine("vm", { source: { vmx: folder.vmx }, host: "test:///default" });
   await settled(machine.machine.urn);
-  expect(inputsOf("vm-disk0")).toMatchObject({ source: { file: join(folder.directory, "a.vmdk") }, host: "test:///default" });
+  expect(inputsOf("vm-disk0")).toMatchObject({
+    source: { file: join(folder.directory, "a.vmdk"), vmx: folder.vmx },
+    host: "test:///default",
+  });
   expect(registered.find(({ name, type }) => name === "vm" && type.endsWith("VirtualMachine"))?.inputs).toMatchObject({
     vcpus: 4,
     cpuTopology: { sockets: 2, cores: 2 },
@@ -125,23 +128,16 @@ test("leaves the package's topology and drives to a program that declares its ow
   expect(await declare("none", { disks: { "ide1:0": false } })).toMatchObject({ disks: [] });
 });
 
-test("says what cannot come along, but of an OVF only what the check of its boot disk does not say", async () => {
+test("says what cannot come along, but for what the check of the boot disk says", async () => {
   await using folder = await openFolder('vtpm.present = "TRUE"', 'sound.present = "TRUE"', 'uuid.bios = "56 4d 01 02"');
   const { description: bare } = new MigratedMachine("bare", { source: { vmx: folder.vmx }, host: "test:///default" });
-  for (const words of [
-    "it gets a new TPM",
-    "its UEFI variables do not come along",
-    'its BIOS UUID "56 4d 01 02"',
-    'sound card "sound" does not come along',
-  ])
-    expect(bare.notes.filter((note) => note.includes(words))).toHaveLength(1);
-  expect(bare.notes.join()).not.toContain("per socket");
-
   await using exported = await openVmware();
   const { description } = new MigratedMachine("said", { source: { ova: exported.ova }, host: "test:///default", networks: NETWORKS });
-  expect(description.hardware).toMatchObject({ firmware: "uefi", tpm: true });
-  expect(description.notes.join()).not.toMatch(/TPM|UEFI|per socket/);
-  expect(description.notes.join()).toContain('its BIOS UUID "42 1a 6b 10 5c 3e 7d 21-9a 0f 11 22 33 44 55 66" does not come along');
+  for (const { hardware, notes } of [bare, description]) {
+    expect(hardware).toMatchObject({ firmware: "uefi", tpm: true });
+    expect(notes.join()).toMatch(/its BIOS UUID "(56 4d 01 02|42 1a 6b 10 5c 3e 7d 21-9a 0f 11 22 33 44 55 66)" does not come along/);
+    expect(notes.join()).not.toMatch(/TPM|UEFI|sound|per socket/);
+  }
 });
 
 test("lets the program override any part, leave disks and interfaces out, and choose pools by the disk", async () => {

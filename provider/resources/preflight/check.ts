@@ -102,7 +102,8 @@ export async function checkSource(
 function sourcesOf(path: string, machine: MachineDescription | undefined): readonly object[] {
   if (!isPackage(path)) return [{ file: path }];
   if (machine === undefined) return isVmx(path) ? [] : [isZipName(path) ? { file: path } : { ova: path }];
-  const sourceOf = (file: string, index: number) => (isVmx(path) ? { file: join(dirname(path), file) } : { ova: path, disk: index });
+  const sourceOf = (file: string, index: number) =>
+    isVmx(path) ? { file: join(dirname(path), file), vmx: path } : { ova: path, disk: index };
   return machine.disks.flatMap(({ file, index }) => (file === undefined ? [] : [sourceOf(file, index)]));
 }
 

@@ -5,6 +5,7 @@ import { quoted } from "../../image/words.ts";
 import { formatBytes, formatKind, formatSeconds } from "../../transfer/progress.ts";
 import type { VolumeFile } from "../../transfer/probe.ts";
 import type { DiskInputs } from "../imported-disk.ts";
+import type { MachinePackage } from "../machine-description.ts";
 import { capacityOf, type DiskFacts, neededBytes } from "./disk-facts.ts";
 import type { Finding, Rule } from "./rule.ts";
 import type { SourceFacts } from "./source-facts.ts";
@@ -22,18 +23,23 @@ const ofSource =
     facts.source instanceof DiskError ? [] : test(facts.source, facts);
 
 /** A rule about the machine of a package, which its first disk speaks for. */
-const ofMachine = (test: (packed: OvfPackage) => readonly string[]): Rule<DiskFacts>["test"] =>
+const ofMachine = (test: (packed: MachinePackage) => readonly string[]): Rule<DiskFacts>["test"] =>
   ofSource(({ packed }) => {
     if (packed === undefined || !isFirst(packed)) return [];
     return test(packed.package).map((sentence) => ({ property: "source", sentence }));
   });
 
-function isFirst(packed: { readonly package: OvfPackage; readonly disk: PackagedDisk }): boolean {
+function isFirst(packed: { readonly package: MachinePackage; readonly disk: PackagedDisk }): boolean {
   return packed.package.disks.find(({ place }) => place !== undefined)?.index === packed.disk.index;
 }
 
+/** A VMX never has one. */
+function hasManifests(machine: MachinePackage): machine is OvfPackage {
+  return "manifest" in machine;
+}
+
 /** Hardware that the package's machine had and that has no field of its own. */
-const others = ({ system }: OvfPackage, isWanted: (words: string) => boolean): readonly string[] =>
+const others = ({ system }: MachinePackage, isWanted: (words: string) => boolean): readonly string[] =>
   system.others.filter((words) => !/vmware\.vmci/i.test(words)).filter(isWanted);
 
 const isPassthrough = (words: string): boolean => /passthrough|sriov/i.test(words);
@@ -284,7 +290,7 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     summary: "The package has no manifest, or its manifest says nothing about the disk: nothing vouches for its bytes.",
     remedy: "Export it with a manifest, or give `checksum`.",
     test: ofSource(({ packed, digests }) => {
-      if (packed === undefined || digests.every((digest) => digest !== undefined)) return [];
+      if (packed === undefined || !hasManifests(packed.package) || digests.every((digest) => digest !== undefined)) return [];
       const reason =
         packed.package.manifest === undefined ? "the package has no manifest" : "the package's manifest does not list the disk";
       return [{ property: "source", sentence: `${reason}, so nothing vouches for its bytes: give \`checksum\`` }];
@@ -296,7 +302,7 @@ export const DISK_RULES: readonly Rule<DiskFacts>[] = [
     summary: "Nothing vouches for the source's bytes: they are taken as they are.",
     remedy: "Give `checksum`.",
     test: ofSource(({ packed, digests }) =>
-      packed === undefined && digests.some((digest) => digest === undefined)
+      !(packed && hasManifests(packed.package)) && digests.some((digest) => digest === undefined)
         ? [{ property: "checksum", sentence: "nothing vouches for the source's bytes: give `checksum`" }]
         : [],
     ),

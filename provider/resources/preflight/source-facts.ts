@@ -1,11 +1,12 @@
 /** What a source tells about the disk and the guest on it: header, sizes, partition table, and the package that it came in. Only reads. */
 import type { DiskImage, RunList } from "../../image/image.ts";
 import type { Digest } from "../../image/manifest.ts";
-import type { OvfPackage, PackagedDisk } from "../../image/ova.ts";
+import type { PackagedDisk } from "../../image/ova.ts";
 import type { OvfNic, OvfSystem } from "../../image/ovf.ts";
 import { isFat, PARTITION_TABLE_BYTES, type PartitionTable, readPartitions } from "../../image/partitions.ts";
 import { readGuest } from "../../transfer/guest-start.ts";
 import type { OpenSource } from "../../transfer/source.ts";
+import type { MachinePackage } from "../machine-description.ts";
 
 /** What a disk tells about the guest on it, as far as the rules about its machine ask. Plain JSON: it is kept with the disk, whose source is read once. */
 export interface GuestTraits {
@@ -25,7 +26,7 @@ export interface GuestTraits {
 export interface SourceFacts extends GuestTraits {
   readonly partitions: PartitionTable | undefined;
   /** The machine that the disk was packed with, and which of its disks it is; undefined outside of a package. */
-  readonly packed: { readonly package: OvfPackage; readonly disk: PackagedDisk } | undefined;
+  readonly packed: { readonly package: MachinePackage; readonly disk: PackagedDisk } | undefined;
   /** The path as declared. */
   readonly path: string;
   readonly format: DiskImage["format"];
