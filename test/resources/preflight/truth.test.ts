@@ -19,6 +19,7 @@ import { runCommand } from "../../../scripts/setup/command.ts";
 import { type Libvirtd, openLibvirtd } from "../../bed/libvirtd.ts";
 import { openDiskPool, openFsPool } from "../../bed/pools.ts";
 import { guestOf, qemuImg, writeRaw } from "../../image/qemu.ts";
+import { vmxSeed } from "../../image/seeds.ts";
 import { BIOS_WORDS, writeBiosDisk, writeEfiDisk } from "./boot-disks.ts";
 import { type Desk, openDesk, rulesOf, waive } from "./desk.ts";
 
@@ -542,6 +543,15 @@ describe("a disk", () => {
       await desk.createMachine(machine.inputs);
       expect(await libvirtd.virsh("dumpxml", "gpu")).not.toContain("hostdev");
       await libvirtd.virsh("undefine", "gpu");
+
+      const vmx = join(libvirtd.directory, "gpu.vmx");
+      await writeFile(vmx, vmxSeed(['pciPassthru0.present = "TRUE"'], "gpu.vmdk"));
+      const file = join(libvirtd.directory, "gpu.vmdk");
+      const unpacked = await desk.checkDisk("gpu-file", { source: { file, vmx } });
+      expect(rulesOf(unpacked.failures)).toEqual(["virtlift/passthrough-lost"]);
+      expect((await desk.checkDisk("gpu-file", { source: { file, vmx }, ...waive("virtlift/passthrough-lost") })).failures).toEqual([]);
+      // Which machine it was of is no part of what the disk is.
+      expect((await desk.checkDisk("gpu-file", { source: { file } })).inputs.path).toBe(unpacked.inputs.path);
     },
   );
 });
