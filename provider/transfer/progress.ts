@@ -28,8 +28,8 @@ export function formatKind({ format, variant }: { readonly format: string; reado
 }
 
 /**
- * How a disk came: `64.0 MiB virtual arrived as 10.7 MiB on the wire (83 % of its size saved)`. What an interrupted run had brought is told apart from
- * what was sent now, and counts as brought, not as saved.
+ * How a disk came: `64.0 MiB virtual arrived as 10.7 MiB on the wire (83 % of its size saved)`. What an interrupted run had brought, in
+ * bytes of the volume, is told apart from what was sent now, and does not count as saved.
  */
 export function formatArrival({
   virtualSizeBytes,
@@ -42,9 +42,9 @@ export function formatArrival({
 }): string {
   const percent = Math.floor((1 - (sentBytes + keptBytes) / virtualSizeBytes) * 100);
   const saving = percent > 0 ? `${percent} % of its size saved` : "nothing saved";
-  const resumed =
-    keptBytes > 0 ? `: ${formatBytes(sentBytes)} sent now, ${formatBytes(keptBytes)} resumed from an interrupted run` : " on the wire";
-  return `${formatBytes(virtualSizeBytes)} virtual arrived as ${formatBytes(sentBytes + keptBytes)}${resumed} (${saving})`;
+  const sent = `${formatBytes(sentBytes)} on the wire`;
+  const came = keptBytes > 0 ? `: ${sent} now, ${formatBytes(keptBytes)} resumed from an interrupted run` : ` as ${sent}`;
+  return `${formatBytes(virtualSizeBytes)} virtual arrived${came} (${saving})`;
 }
 
 /** No line earlier than this after the last: a quick copy needs none. */

@@ -472,7 +472,7 @@ describe.skipIf(process.getuid!() !== 0)("an ImportedDisk", () => {
 
       await interrupted();
       const { state } = await importedDisk.create(caller.context, inputs);
-      expect(caller.lines).toContainEqual(expect.stringMatching(/MiB sent now, .* MiB resumed from an interrupted run \(/));
+      expect(caller.lines).toContainEqual(expect.stringMatching(/MiB on the wire now, .* MiB resumed from an interrupted run \(/));
       expect(await readdir(libvirtd.poolPath)).toEqual([state.volumeName]);
       await importedDisk.delete(caller.context, state.diskId, state);
     });

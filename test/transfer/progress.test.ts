@@ -27,7 +27,7 @@ test.for([
   [{ sentBytes: 65 * MIB, keptBytes: 0 }, "64.0 MiB virtual arrived as 65.0 MiB on the wire (nothing saved)"],
   [
     { sentBytes: 4 * MIB, keptBytes: 12 * MIB },
-    "64.0 MiB virtual arrived as 16.0 MiB: 4.0 MiB sent now, 12.0 MiB resumed from an interrupted run (75 % of its size saved)",
+    "64.0 MiB virtual arrived: 4.0 MiB on the wire now, 12.0 MiB resumed from an interrupted run (75 % of its size saved)",
   ],
 ] as const)("tells what was sent, resumed and saved apart: %o", ([bytes, words]) => {
   expect(formatArrival({ virtualSizeBytes: 64 * MIB, ...bytes })).toBe(words);
