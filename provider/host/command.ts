@@ -69,7 +69,7 @@ export class Command implements HostStream {
     const abandoned = new Promise<never>((_resolve, reject) => (this.#giveUp = reject));
     const onAbort = (): void =>
       this.end(
-        new ConnectionError(`${describeCommand(context.argv)} was stopped (host ${context.label})`, {
+        new ConnectionError(`${describeCommand(context.argv)} was stopped (on ${context.label})`, {
           host: context.label,
           phase: "aborted",
         }),
@@ -106,7 +106,7 @@ export class Command implements HostStream {
   kill(): void {
     const { argv, label } = this.#context;
     this.end(
-      new CommandError(`${describeCommand(argv)} was killed (host ${label})`, { argv, signal: "SIGKILL", stderrTail: tail(this.#stderr) }),
+      new CommandError(`${describeCommand(argv)} was killed (on ${label})`, { argv, signal: "SIGKILL", stderrTail: tail(this.#stderr) }),
     );
   }
 
@@ -148,7 +148,7 @@ export async function runToEnd(
   const timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS;
   const timer = setTimeout(() => {
     command.end(
-      new ConnectionError(`${describeCommand(argv)} did not end within ${timeoutMs / 1000} s (host ${label})`, {
+      new ConnectionError(`${describeCommand(argv)} did not end within ${timeoutMs / 1000} s (on ${label})`, {
         host: label,
         phase: "timeout",
       }),
@@ -163,7 +163,7 @@ export async function runToEnd(
       return;
     }
     chunks.length = 0;
-    const message = `${describeCommand(argv)} wrote more than ${MAX_STDOUT_BYTES} bytes (host ${label})`;
+    const message = `${describeCommand(argv)} wrote more than ${MAX_STDOUT_BYTES} bytes (on ${label})`;
     command.end(new CommandError(message, { argv, stderrTail: tail(command.stderr) }));
   });
   command.io.end(options.input);
@@ -218,7 +218,7 @@ function commandFailure(context: CommandContext, end: ProcessEnd, stderr: string
         ? `was ended by ${end.signal}`
         : "ended without saying how";
   const own = reason.startsWith(`${baseName(argv)}: `) ? reason.slice(baseName(argv).length + 2) : reason;
-  return error(`${name} ${outcome}${own === "" ? "" : `: ${own}`} (host ${label})`);
+  return error(`${name} ${outcome}${own === "" ? "" : `: ${own}`} (on ${label})`);
 }
 
 /** A command's name for a sentence: the program, and the verb where it has one: `qemu-img convert`. No further argument: those can be long. */

@@ -202,7 +202,7 @@ export class SshHost implements Host {
   }
 
   #aborted(): ConnectionError {
-    return new ConnectionError(`a command was stopped before it started (host ${this.label})`, { host: this.label, phase: "aborted" });
+    return new ConnectionError(`a command was stopped before it started (on ${this.label})`, { host: this.label, phase: "aborted" });
   }
 
   async #openTransport(): Promise<DaemonTransport> {

@@ -28,7 +28,7 @@ test("runs commands of this machine and tells how they end", async () => {
     stderr: "C it's\n",
   });
   expect((await failure(host.run(["cat", "/nonexistent"]))).message).toBe(
-    "cat exited 1: /nonexistent: No such file or directory (host this machine)",
+    "cat exited 1: /nonexistent: No such file or directory (on this machine)",
   );
   expect((await failure(host.run(["no-such-program"]))).message).toBe(
     "no-such-program is not installed on this machine, or not on the path",

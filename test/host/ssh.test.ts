@@ -47,7 +47,7 @@ test("runs commands as given, in English, with their input, and tells how they e
 
   const failed = (await failure(host.run(["cat", "/nonexistent"]))) as CommandError;
   expect(failed).toMatchObject({ name: "CommandError", exitCode: 1, argv: ["cat", "/nonexistent"] });
-  expect(failed.message).toBe(`cat exited 1: /nonexistent: No such file or directory (host ${host.label})`);
+  expect(failed.message).toBe(`cat exited 1: /nonexistent: No such file or directory (on ${host.label})`);
   expect((await failure(host.run(["no-such-program"]))).message).toBe(
     `no-such-program is not installed on ${host.label}, or not on the login's path`,
   );
@@ -60,7 +60,7 @@ test("bounds a command's time and output, and leaves no process of it", async ()
   const host = user.open(server);
   expect(await failure(host.run(["sh", "-c", "sleep 4711; true"], { timeoutMs: 300 }))).toMatchObject({
     phase: "timeout",
-    message: `sh did not end within 0.3 s (host ${host.label})`,
+    message: `sh did not end within 0.3 s (on ${host.label})`,
   });
   expect((await failure(host.run(["head", "-c", "20M", "/dev/zero"]))).message).toContain("head wrote more than 16777216 bytes");
   const stop = new AbortController();
