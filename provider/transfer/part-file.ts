@@ -292,7 +292,9 @@ export class PartFile implements Part {
     }
     while (this.#sent.size >= MAX_FRAMES_IN_FLIGHT) await this.#confirm();
     // Packed while the frame before it leaves.
-    const packing = this.#packing?.isPacked === true && bytes.length > MAX_SMALL_FRAME_BYTES ? packFrame(bytes) : undefined;
+    const isPacked = this.#packing?.isPacked === true && bytes.length > MAX_SMALL_FRAME_BYTES;
+    // What cannot be packed goes as it is.
+    const packing = isPacked ? packFrame(bytes).catch(() => undefined) : undefined;
     await this.#afterSending();
     this.#sent.set(key, digest);
     this.#sending = this.#sendFrame(key, bytes, packing);
