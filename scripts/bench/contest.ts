@@ -58,15 +58,27 @@ export function ratio(standings: readonly Standing[], slow: Contender, quick: Co
   return standingOf(standings, slow).seconds / standingOf(standings, quick).seconds;
 }
 
-/** Where a contender's time goes, in one line: its phases, and the processors' time at both ends. */
-export function timeOf(standings: readonly Standing[], contender: Contender): string {
-  const { name, phases = {}, clientCpuSeconds, hostCpuSeconds } = standingOf(standings, contender);
+/**
+ * Where a contender's time goes, in one line: its phases, the processors' time at both ends, and of that what `parts` take by themselves, in seconds
+ * of one processor by their names.
+ */
+export function timeOf(
+  standings: readonly Standing[],
+  contender: Contender,
+  partsOf: (standing: Standing) => Readonly<Record<string, number>> = () => ({}),
+): string {
+  const standing = standingOf(standings, contender);
+  const { name, phases = {}, clientCpuSeconds, hostCpuSeconds } = standing;
   const parts = Object.entries(phases).map(([phase, seconds]) => `${phase} ${seconds.toFixed(2)} s`);
   const cpu = [
     ...(clientCpuSeconds === undefined ? [] : [`${clientCpuSeconds.toFixed(1)} s here`]),
     ...(hostCpuSeconds === undefined ? [] : [`${hostCpuSeconds.toFixed(1)} s on the host`]),
   ];
-  return `${name}: ${parts.join(", ")}; processors ${cpu.join(" and ")}`;
+  const costs = Object.entries(partsOf(standing));
+  const rest = (clientCpuSeconds ?? 0) + (hostCpuSeconds ?? 0) - costs.reduce((sum, [, seconds]) => sum + seconds, 0);
+  const named = [...costs, ["all else", rest] as const].map(([part, seconds]) => `${part} ${seconds.toFixed(1)} s`);
+  const shares = costs.length === 0 ? "" : `, in it ${named.join(", ")}`;
+  return `${name}: ${parts.join(", ")}; processors ${cpu.join(" and ")}${shares}`;
 }
 
 export function atLeast(text: string, reached: number, wanted: number, explanation?: string): Aim {
@@ -84,7 +96,7 @@ export function sayAims(aims: readonly Aim[]): void {
   }
 }
 
-function standingOf(standings: readonly Standing[], contender: Contender): Standing {
+export function standingOf(standings: readonly Standing[], contender: Contender): Standing {
   const found = standings.find(({ name }) => name === contender.name);
   if (found === undefined) throw new Error(`${contender.name} did not run`);
   return found;
