@@ -65,12 +65,20 @@ async function install() {
 
 /** Compiles into a folder beside dist/ and swaps, so that a program that runs meanwhile finds either the old or the new one. */
 async function build() {
-  const wanted = hashOf(["package-lock.json", "tsconfig.json", "tsconfig.build.json", ...sources("provider"), ...sources("sdk")]);
+  const wanted = hashOf([
+    "package-lock.json",
+    "tsconfig.json",
+    "tsconfig.build.json",
+    "scripts/declare.ts",
+    ...sources("provider"),
+    ...sources("sdk"),
+  ]);
   if (holds(BUILT, wanted)) return;
   const fresh = join(ROOT, `dist-${process.pid}`);
   const old = join(ROOT, `dist-${process.pid}-old`);
   process.on("exit", () => [fresh, old].forEach((folder) => rmSync(folder, { recursive: true, force: true })));
   await step("compile", [NODE, "node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json", "--outDir", fresh]);
+  await step("declarations", [NODE, "scripts/declare.ts", fresh]);
   mkdirSync(fresh, { recursive: true });
   writeFileSync(join(fresh, ".virtlift-sources"), `${wanted}\n`);
   if (existsSync(join(ROOT, "dist"))) renameSync(join(ROOT, "dist"), old);

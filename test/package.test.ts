@@ -1,6 +1,6 @@
 /** What is published: the packed package as a stranger installs it. */
 import { execFile } from "node:child_process";
-import { mkdir, readdir, symlink, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { describe, expect, it } from "vitest";
@@ -30,6 +30,13 @@ describe("the package", () => {
     await expect(run("publint", ["run", installed.tarball, "--strict"])).resolves.toMatchObject({ stderr: "" });
     await expect(run("attw", [installed.tarball, "--profile", "esm-only", "--no-emoji"])).resolves.toMatchObject({ stderr: "" });
   }, 120_000);
+
+  it("documents its arguments, where an editor looks", async () => {
+    const declarations = await readFile(join(root, "dist/provider/resources/virtual-machine-schema.d.ts"), "utf8");
+    const arguments_ = declarations.slice(declarations.indexOf("VirtualMachineSchema"));
+    for (const key of ["memoryMiB", "vcpus", "networks", "mac", "onShutdownTimeout"])
+      expect(arguments_).toMatch(new RegExp(`\\*/\\s*${key}: `));
+  });
 
   it("gives its provider to the text that states hold, from a program's folder, by require", async () => {
     await using installed = await openInstalled();
