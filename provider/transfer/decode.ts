@@ -120,8 +120,8 @@ class Inflater {
     return new Promise((resolve, reject) => {
       this.#reject = reject;
       this.#stream.write(stored, (error) => {
-        // It comes as an event, too.
-        if (error) return;
+        // It comes as an event, too; so does that there is too much, which leaves the write itself without one.
+        if (error || this.#stream.destroyed) return;
         const pieces = this.#pieces;
         this.#pieces = [];
         this.#isReusable = this.#stream.bytesWritten - writtenBefore === stored.length;

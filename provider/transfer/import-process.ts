@@ -81,7 +81,12 @@ export async function importInProcess(order: ImportOrder, settings: ImportSettin
     serialization: "advanced",
     stdio: ["ignore", "ignore", "pipe", "ipc"],
   });
-  const abort = (): void => tell(child, "abort");
+  let killer: NodeJS.Timeout | undefined;
+  const killLater = (): void => void (killer ??= setTimeout(() => child.kill("SIGKILL"), END_GRACE_MS));
+  const abort = (): void => {
+    tell(child, "abort");
+    killLater();
+  };
   settings.signal.addEventListener("abort", abort, { once: true });
   const ended = new Promise<void>((resolve) => child.once("exit", () => resolve()).once("error", () => resolve()));
   try {
@@ -92,7 +97,7 @@ export async function importInProcess(order: ImportOrder, settings: ImportSettin
   } finally {
     settings.signal.removeEventListener("abort", abort);
     if (child.connected) child.disconnect();
-    const killer = setTimeout(() => child.kill("SIGKILL"), END_GRACE_MS);
+    killLater();
     await ended;
     clearTimeout(killer);
   }
@@ -105,12 +110,9 @@ async function converse(child: ChildProcess, order: ImportOrder, { throttle, sig
     child.on("error", (error) => reject(new Error(`the process that imports cannot be started: ${error.message}`)));
     child.on("close", (code, killed) => {
       const how = killed === null ? `exited ${code}` : `was killed by ${killed}`;
-      const said = stderr.trim().split("\n").at(-1) ?? "";
-      reject(
-        new Error(
-          `the process that imports ${how}${said === "" ? "" : `: ${said}`}; what it brought over is kept, and the next up goes on`,
-        ),
-      );
+      const lines = stderr.trim().split("\n");
+      const said = (lines.find((line) => /error|cannot/i.test(line)) ?? lines.at(-1) ?? "").trim();
+      reject(new Error(`the process that imports ${how}${said === "" ? "" : `: ${said}`}; what it brought over is kept for the next up`));
     });
     child.on("message", (report: Report) => {
       if ("result" in report) resolve({ ...report.result, usage: report.usage });

@@ -14,6 +14,7 @@ const abort = new AbortController();
 const waiting: (() => void)[] = [];
 
 process.on("disconnect", () => process.exit());
+process.on("uncaughtException", (error) => tell({ failure: packError(error) }));
 process.on("message", (command: Command) => {
   if (command === "abort") abort.abort();
   else if ("granted" in command) waiting.shift()?.();

@@ -11,10 +11,10 @@ import { MARK_BYTES, type Mark, markInside, modificationTime, readVolume, refres
 
 /** A host that lost its power in the middle of an end may have kept any of an import's files: the first that is there speaks for all. */
 const LIST = `
-for file in "$1"/*.part "$1"/*.source "$1"/*.guest "$1"/*.journal "$1"/*.log; do
+for file in "$1"/*.part "$1"/*.source "$1"/*.guest "$1"/*.packed "$1"/*.journal "$1"/*.log; do
   [ -f "$file" ] || continue
   base=\${file%.*} blocks=0 modified=0 first=
-  for each in "$base.part" "$base.source" "$base.guest" "$base.journal" "$base.log"; do
+  for each in "$base.part" "$base.source" "$base.guest" "$base.packed" "$base.journal" "$base.log"; do
     [ -f "$each" ] || continue
     first=\${first:-$each}
     blocks=$((blocks + $(stat -c %b -- "$each")))
@@ -32,7 +32,7 @@ done
 const REMOVE = `
 stamp=$1/$2.stamp
 [ "$(stat -c %h -- "$1/$2.part" 2>/dev/null)" = 1 ] || stamp=
-flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.guest" "$1/$2.log" "$1/$2.source" "$1/$2.source.etag" \${stamp:+"$stamp"} || exit 75
+flock -n "$1/$2.lock" rm -f -- "$1/$2.part" "$1/$2.journal" "$1/$2.guest" "$1/$2.packed" "$1/$2.log" "$1/$2.source" "$1/$2.source.etag" \${stamp:+"$stamp"} || exit 75
 rm -f -- "$1/$2.lock"
 rmdir -- "$1" 2>/dev/null
 exit 0

@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { posix } from "node:path";
 import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
-import { CommandError, DiskError } from "../errors.ts";
+import { CommandError, ConnectionError, DiskError } from "../errors.ts";
 import type { Host, HostStream } from "../host/hosts.ts";
 import { FrameBuffer } from "./frame-buffer.ts";
 import { HashThread } from "./hash-thread.ts";
@@ -23,6 +23,8 @@ const MAX_FRAMES_IN_FLIGHT = 3;
 
 /** The most extents of a disk's content that a host may tell: more than a file system makes of any disk. */
 const MAX_EXTENTS = 1 << 22;
+
+const MAX_ANSWER_CHARACTERS = 1000;
 
 /** How long a dying predecessor may keep its lock, unless told otherwise. */
 const LOCK_PATIENCE_MS = 15_000;
@@ -370,8 +372,14 @@ export class PartFile implements Part {
     });
   }
 
-  #unexpected(answer: string, cause?: unknown): DiskError {
-    const reason = answer.startsWith("error ") ? answer.slice(6).trim() : `the receiver answered ${JSON.stringify(answer.slice(0, 200))}`;
+  #unexpected(given: string, cause?: unknown): DiskError | ConnectionError {
+    // Whatever went wrong there may have put any bytes in it.
+    const answer = given.slice(0, MAX_ANSWER_CHARACTERS).replaceAll(/[\p{Cc}\uFFFD]/gu, "?");
+    if (answer.startsWith("broken ")) {
+      const message = `cannot write ${this.#path} on ${this.#host}: ${answer.slice(7).trim()}; what was brought over is kept, and the next up goes on`;
+      return new ConnectionError(message, { host: this.#host, phase: "closed", cause });
+    }
+    const reason = answer.startsWith("error ") ? answer.slice(6).trim() : `the receiver answered ${JSON.stringify(answer)}`;
     return new DiskError(`cannot write ${this.#path} on ${this.#host}: ${reason}`, {
       step: "transfer",
       path: this.#path,

@@ -3,6 +3,9 @@
 /** After this a writer that only waits is taken for dead. Frames are sent from memory, so a live one waits for its source, or for nobody. */
 const SILENCE_SECONDS = 30;
 
+/** How long a frame may take to be unpacked: a thousand times as long as it does. */
+const UNPACK_SECONDS = 60;
+
 /**
  * The program that runs on the host while a disk arrives: POSIX sh, coreutils and flock, nothing to install.
  *
@@ -28,7 +31,7 @@ const SILENCE_SECONDS = 30;
  * | `discard`             | removes part, journal and stamp                                     | `ok`                                       |
  *
  * The lock file says whether the program works or waits for its client: one that has waited for SILENCE_SECONDS is killed by the next writer that comes.
- * Whatever fails answers `error SENTENCE` and ends, with exit 0: an answer was given. The lock file is removed at the end of a finished or discarded import, so whoever takes the
+ * Whatever fails answers `error SENTENCE` and ends, with exit 0: an answer was given. So does `broken SENTENCE`, after which the next run may go on. The lock file is removed at the end of a finished or discarded import, so whoever takes the
  * lock checks that the file he locked is still the one under that name.
  *
  * Sources: dd(1) and sync(1) of coreutils (`iflag=fullblock,count_bytes`, `sync FILE` since 8.24), flock(1) of util-linux.
@@ -37,8 +40,10 @@ export const RECEIVER = `
 set -u
 umask 077
 work=$1 id=$2 final=$3
-part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp guest=$work/$id.guest log=$work/$id.log fetched=$work/$id.source job=
+part=$work/$id.part journal=$work/$id.journal lock=$work/$id.lock stamp=$work/$id.stamp guest=$work/$id.guest packed=$work/$id.packed log=$work/$id.log fetched=$work/$id.source job=
 fail() { printf 'error %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 0; }
+# As fail, where the next run may go on with what is there.
+broken() { printf 'broken %s\\n' "$(printf '%s' "$*" | tr '\\n' ' ')"; exit 0; }
 if command -v openssl >/dev/null 2>&1; then sha='openssl dgst -sha256 -r'; else sha=sha256sum; fi
 # sum FILE OFFSET [dd's count=LENGTH]: sets \`digest\`. What dd complains of comes before the hash of what it could read.
 sum() {
@@ -50,6 +55,12 @@ hash() {
   sum "$1" "$2" "count=$3"
   printf 'have %s %s %s\\n' "$2" "$3" "$digest"
 }
+# stop STATUS MESSAGE: a program that was killed says nothing against the disk.
+stop() { if [ "$1" -gt 128 ]; then broken "a program of the copy was killed there"; else fail "$2"; fi; }
+# The frame in \`packed\`; that it failed goes to 3, but not that nobody wanted it any more (SIGPIPE).
+unpacked() { timeout ${UNPACK_SECONDS} zstd -q -d -c <"$packed" 9>&- || [ "$?" = 141 ] || echo "zstd failed there" >&3; }
+# Writes what comes to the place of the frame.
+put() { dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none; }
 leads_away() { [ -L "$1" ] || { [ -e "$1" ] && [ "$(stat -c %h -- "$1" 2>/dev/null || echo 1)" -gt 1 ]; }; }
 [ ! -L "$work" ] || fail "$work is a symbolic link"
 # A writer whose client vanished without a word waits for the next command, or for the rest of a frame, and sshd may take hours to notice.
@@ -74,7 +85,7 @@ while :; do
   tries=$((tries + 1))
   [ "$tries" -lt 20 ] || fail "\${message:-cannot write $lock}"
 done
-finish() { rm -f -- "$lock" "$guest" "$log" "$fetched" "$fetched.etag"; rmdir -- "$work" 2>/dev/null; }
+finish() { rm -f -- "$lock" "$guest" "$packed" "$log" "$fetched" "$fetched.etag"; rmdir -- "$work" 2>/dev/null; }
 if [ -e "$final" ] || [ -L "$final" ]; then
   # A host that lost its power while it published has both names of the one file.
   if [ "$part" -ef "$final" ]; then rm -f -- "$part" "$journal"; fi
@@ -83,13 +94,14 @@ if [ -e "$final" ] || [ -L "$final" ]; then
   exit 0
 fi
 # A name in our folder that leads to a file elsewhere: only the name is ours.
-for each in "$part" "$journal" "$stamp" "$log" "$fetched" "$fetched.etag"; do
+for each in "$part" "$journal" "$stamp" "$packed" "$log" "$fetched" "$fetched.etag"; do
   if leads_away "$each"; then rm -f -- "$each"; fi
 done
 : >>"$part"
-rm -f -- "$guest"
-trap 'rm -f -- "$guest"' EXIT
-if command -v zstd >/dev/null 2>&1; then echo ready zstd; else echo ready; fi
+rm -f -- "$guest" "$packed"
+trap 'rm -f -- "$guest" "$packed"' EXIT
+# One that is there may not work.
+if [ "$(printf virtlift | timeout 10 zstd -q -c 2>/dev/null | timeout 10 zstd -q -d -c 2>/dev/null)" = virtlift ]; then echo ready zstd; else echo ready; fi
 idle=waiting
 while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second third; do
   case $verb in write | unpack) ;; *) echo working >/dev/fd/9 ;; esac
@@ -107,15 +119,15 @@ while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second third; do
     fi
     echo ok ;;
   write | unpack)
-    if [ "$verb" = write ]; then
-      message=$(dd of="$part" bs=1048576 iflag=fullblock,count_bytes oflag=seek_bytes seek="$first" count="$second" conv=notrunc status=none 2>&1) || fail "$message"
+    if [ "$verb" = unpack ]; then
+      # All of it is taken off stdin before anything looks at it: what is left would be read as commands.
+      message=$(dd of="$packed" bs=1048576 iflag=fullblock,count_bytes count="$third" status=none 2>&1) || fail "$message"
+      reason=$({ unpacked 2>"$log" | put 2>&3; } 3>&1) || stop "$?" "$reason"
+      said=$(head -n 1 -- "$log")
+      [ -z "$reason" ] || broken "$reason\${said:+: $said}"
+      rm -f -- "$log"
     else
-      message=$({
-        dd bs=65536 iflag=fullblock,count_bytes count="$third" status=none |
-          zstd -q -d -c |
-          dd of="$part" bs=1048576 iflag=fullblock oflag=seek_bytes seek="$first" conv=notrunc status=none
-      } 2>&1) || fail "$message"
-      [ -z "$message" ] || fail "$message"
+      message=$(put 2>&1) || stop "$?" "$message"
     fi
     message=$({ printf '%s %s\\n' "$first" "$second" >>"$journal"; } 2>&1) || fail "cannot write $journal: $message"
     hash "$part" "$first" "$second" 9>&- </dev/null & ;;
@@ -190,7 +202,7 @@ while echo "$idle $$" >/dev/fd/9; IFS=' ' read -r verb first second third; do
     rm -f -- "$part" "$journal" "$stamp" "$fetched" "$fetched.etag"
     finish
     echo ok ;;
-  *) fail "unknown command $verb" ;;
+  *) fail "unknown command" ;;
   esac
 done
 # Whoever asked for it is gone: what still runs must not outlive him with the lock in its hands.

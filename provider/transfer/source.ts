@@ -194,7 +194,7 @@ class Opening {
     const found: Found = zip ? { range: await zip.file(""), beside: zip } : { range: outer.range, beside: need ? undefined : this.#folder };
     const isPackage = await this.#isPackage(found.range, zip !== undefined);
     const isPacked = isPackage || zip !== undefined;
-    if (isPacked && !need && declared && !this.#options.isPreview) await digestOf(file, declared);
+    if (isPacked && !need && declared && !this.#options.isPreview) await digestOf(file, declared, this.#options.signal);
     const inside = isPackage ? await this.#unpack(found) : undefined;
     const disk = isPacked ? await this.#unwrapMember(inside?.disk ?? found.range, inside?.digest) : outer;
     const resolve = this.#resolver(disk.range, inside || disk.range !== found.range ? undefined : found.beside);

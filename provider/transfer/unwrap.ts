@@ -168,10 +168,10 @@ export async function* chunksOf(range: Range): AsyncGenerator<Uint8Array> {
 }
 
 /** Reads all of a range and compares its digest. Throws ImageError when it is another than `expected`. */
-export async function digestOf(range: Range, expected: Digest): Promise<void> {
+export async function digestOf(range: Range, expected: Digest, signal?: AbortSignal): Promise<void> {
   const hash = new PassingHash(expected);
   // oxlint-disable-next-line no-unused-vars -- only the digest is wanted
-  for await (const _ of hash.watch(chunksOf(range))) continue;
+  for await (const _ of hash.watch(chunksOf(range))) signal?.throwIfAborted();
   hash.finish(range.name);
 }
 

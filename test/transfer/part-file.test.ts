@@ -37,6 +37,26 @@ async function openPool(programs: Readonly<Record<string, string>> = {}) {
   };
 }
 
+/** Frames of which each packs to a quarter. */
+function compressible(frames: number): Buffer {
+  const noise = randomBytes(FRAME_BYTES / 4);
+  const bytes = Buffer.alloc(frames * FRAME_BYTES);
+  for (let at = 0; at < bytes.length; at += FRAME_BYTES) noise.copy(bytes, at);
+  return bytes;
+}
+
+/** A zstd that does its work while it is tried with little, and then something else. */
+function zstdThat(does: string): string {
+  return `#!/bin/sh
+file=$(mktemp)
+trap 'rm -f -- "$file"' EXIT
+cat >"$file"
+set -- "$(command -p -v zstd)" "$@"
+[ "$(stat -c %s -- "$file")" -lt 1000 ] || { ${does}; }
+"$@" <"$file"
+`;
+}
+
 const sha256 = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex");
 
 describe("a part file", () => {
@@ -74,12 +94,50 @@ describe("a part file", () => {
     expect(sha256(await readFile(pool.finalPath))).toBe(sha256(bytes));
   });
 
-  it("fails with what the host's zstd complains of", async () => {
-    await using pool = await openPool({ zstd: "#!/bin/sh\necho 'zstd: out of memory' >&2\nexit 1\n" });
+  it("comes plain where the host's zstd does not work", async () => {
+    await using pool = await openPool({ zstd: "#!/bin/sh\nexit 127\n" });
+    const bytes = compressible(10);
+    await using part = await pool.openFar(100_000_000);
+    await part.resume();
+    await part.write(0, bytes);
+    await part.settle();
+    expect(part.sentBytes).toBe(bytes.length);
+  });
+
+  it.each([
+    [
+      "fails with a word",
+      "echo 'zstd: out of memory' >&2; exit 1",
+      /: zstd failed there: zstd: out of memory; what was brought over is kept/,
+    ],
+    ["fails without one", "exit 127", /: zstd failed there; what was brought over is kept/],
+    ["is killed", "kill -9 $$", /: zstd failed there: .*; what was brought over is kept/],
+    ["stops short", "exit 0", /does not hold the bytes that were sent/],
+  ])("takes no byte of a frame for a command when a zstd that worked %s", async (_, failure, message) => {
+    await using pool = await openPool({ zstd: zstdThat(failure) });
     await using part = await pool.openFar(32_000_000);
     await part.resume();
-    const writing = part.write(0, Buffer.alloc(16 * FRAME_BYTES)).then(() => part.settle());
-    await expect(writing).rejects.toThrow(/cannot write .*disk\.raw on this machine: zstd: out of memory/);
+    await expect(part.write(0, compressible(16)).then(() => part.settle())).rejects.toThrow(message);
+  });
+
+  it("holds what was sent and no more when zstd warns, or gives more", async () => {
+    await using pool = await openPool({
+      zstd: zstdThat('echo "a warning" >&2; "$@" <"$file"; head -c 20000 /dev/zero | tr "\\0" X; exit 0'),
+    });
+    await using part = await pool.openFar(32_000_000);
+    await part.resume();
+    const bytes = compressible(10);
+    const expected = Buffer.alloc(2 * bytes.length);
+    for (let at = 0; at < bytes.length; at += FRAME_BYTES) {
+      const frame = bytes.subarray(at, at + FRAME_BYTES);
+      // With a hole behind each.
+      frame.copy(expected, 2 * at);
+      await part.write(2 * at, frame);
+    }
+    await part.settle();
+    await part.setSize(expected.length);
+    expect(part.sentBytes).toBeLessThan(0.8 * bytes.length);
+    expect(await part.digest(0)).toBe(sha256(expected));
   });
 
   it("keeps nothing of an earlier run that this one does not write", async () => {
