@@ -1,5 +1,6 @@
 /** Drives a batch: previews its machines together, moves them in waves within the limits, tries again what may pass, and keeps the journal. */
 import { randomUUID } from "node:crypto";
+import { existsSync } from "node:fs";
 import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { dirname, join, resolve } from "node:path";
@@ -12,7 +13,7 @@ import { diskSource, packageIn, packagePath } from "../package-source.ts";
 import { loadProvider } from "../provider.ts";
 import { batchOwner, lockBatch } from "./driver-lock.ts";
 import { type BatchEvent, parseFinding, parseProgress, type Phase } from "./events.ts";
-import { openStateFolder, type StateFolder } from "./folder.ts";
+import { findJournal, openStateFolder, type StateFolder } from "./folder.ts";
 import { runHook } from "./hooks.ts";
 import type { Job, Operation, Outcome, Step, WorkerEvent } from "./job.ts";
 import { Journal, type JournalRecord, type Made, type MachineStanding, type MachineState, readJournal, standingOf } from "./journal.ts";
@@ -72,9 +73,9 @@ export function readBatch(manifestPath: string): {
 } {
   const path = resolve(manifestPath);
   const manifest = readManifest(path);
-  const folder = join(dirname(path), ".virtlift");
-  const records = readJournal(join(folder, "journal.ndjson"));
-  const owner = batchOwner(join(folder, "lock"));
+  const { journal, lock } = findJournal(dirname(path), manifest.project);
+  const records = readJournal(journal);
+  const owner = batchOwner(lock);
   const isRunning = owner !== undefined && !isGone(owner);
   const statuses = manifest.machines.map((machine) => ({ machine, standing: standingOf(records, machine.name, isRunning) }));
   return { manifest, records, statuses };
@@ -89,7 +90,7 @@ export async function openBatch(manifestPath: string, options: BatchOptions = {}
   const manifest = readManifest(path);
   const environment = options.environment ?? process.env;
   await using stack = new AsyncDisposableStack();
-  const folder = await openStateFolder(dirname(path));
+  const folder = await openStateFolder(dirname(path), manifest.project);
   stack.use(await lockBatch(folder.lock));
   const journal = stack.use(new Journal(folder.journal));
   const modules = [folder.modules, environment["NODE_PATH"]].filter((each) => each !== undefined && each !== "").join(":");
@@ -172,12 +173,16 @@ export class Batch implements AsyncDisposable {
     }: { readonly usePlans?: boolean; readonly skipBlocked?: boolean; readonly onPlan?: (plan: BatchPlan) => void } = {},
   ): Promise<BatchResult> {
     return this.#within("up", selection, async (machines) => {
+      const unplanned = usePlans ? machines.filter(({ name }) => !existsSync(this.#planPath(name))).map(({ name }) => name) : [];
+      const noPlan = `no plan of ${unplanned.join(", ")} was saved: run virtlift plan ${this.manifest.path} --save first`;
+      if (unplanned.length > 0 && !skipBlocked) throw new Error(noPlan);
       const plan = await this.#plan(machines, false);
       onPlan?.(plan);
       const blocked = plan.machines.filter(({ action }) => action === "blocked").map(({ machine }) => machine.name);
       const hold = blocked.length > 0 && !skipBlocked;
       const isHeld = (machine: BatchMachine): string | undefined => {
         if (blocked.includes(machine.name)) return "it may not start: see the plan's findings";
+        if (unplanned.includes(machine.name)) return noPlan;
         return hold ? "another machine of the batch may not start" : undefined;
       };
       return { ...(await this.#runWaves("up", machines, { isHeld, usePlans })), plan };
@@ -267,7 +272,7 @@ export class Batch implements AsyncDisposable {
   }
 
   async #preview(machine: BatchMachine, save: boolean): Promise<Previewed> {
-    const { folder, workers } = this.#parts;
+    const { workers } = this.#parts;
     this.#tell({ event: "phase", machine: machine.name, phase: "previewing", attempt: 1 });
     const findings: Finding[] = [];
     const steps = new Map<string, Step>();
@@ -279,7 +284,7 @@ export class Batch implements AsyncDisposable {
     } catch (error) {
       return block(messageOf(error));
     }
-    const planFile = save ? join(folder.plans, `${machine.name}.json`) : undefined;
+    const planFile = save ? this.#planPath(machine.name) : undefined;
     const outcome = await workers.run({ ...job, planFile }, (event) => {
       if (event.event === "line")
         findings.push({ level: event.level === "error" ? "block" : event.level, ...parseFinding(withoutName(machine.name, event.text)) });
@@ -341,6 +346,10 @@ export class Batch implements AsyncDisposable {
     const kept = await readKept(this.#keptPath(name));
     if (kept !== undefined && JSON.stringify(kept.source) === JSON.stringify(source)) return kept.description;
     return loadProvider().describeMachine(resolve(dirname(this.manifest.path), packagePath(whole)));
+  }
+
+  #planPath(machine: string): string {
+    return join(this.#parts.folder.plans, `${machine}.json`);
   }
 
   #keptPath(machine: string): string {
@@ -518,14 +527,14 @@ export class Batch implements AsyncDisposable {
     machine: BatchMachine,
     { attempt, recovers, usePlans }: { readonly attempt: number; readonly recovers: boolean; readonly usePlans: boolean },
   ): Promise<Outcome> {
-    const { journal, workers, folder } = this.#parts;
+    const { journal, workers } = this.#parts;
     const { name } = machine;
     const run = this.#run;
     const job = await this.#jobFor(machine, operation, recovers);
     journal.append({ record: "begun", run, atMs: Date.now(), machine: name, operation, attempt });
     this.#tell({ event: "phase", machine: name, phase: "running", attempt });
     const ended = new Map<string, Step>();
-    const planFile = usePlans && operation === "up" ? join(folder.plans, `${name}.json`) : undefined;
+    const planFile = usePlans && operation === "up" ? this.#planPath(name) : undefined;
     const outcome = await workers.run({ ...job, planFile }, (event) => {
       this.#relay(name, attempt, event);
       if (event.event === "line" || event.event === "outcome") return;

@@ -65,6 +65,7 @@ export interface MachineStanding {
   /** The last operation that changed something or tried to; undefined when there was none. */
   readonly operation: Operation | undefined;
   readonly attempt: number;
+  /** Of a machine that is done: of the last `up` that made it or copied a disk. Of any other: of the last operation. */
   readonly beganMs: number | undefined;
   readonly endedMs: number | undefined;
   readonly cause: FailureCause | undefined;
@@ -124,7 +125,11 @@ export function standingOf(records: readonly JournalRecord[], machine: string, i
     reasons: [],
     made: undefined,
   };
+  let move: Pick<MachineStanding, "beganMs" | "endedMs"> | undefined;
+  let hasCopied = false;
   for (const record of records) {
+    if (record.record === "step" && record.machine === machine)
+      hasCopied ||= record.kind === "ImportedDisk" && record.state === "ended" && record.op.startsWith("create");
     if (!("machine" in record) || record.machine !== machine || !("operation" in record) || record.operation === "preview") continue;
     const { operation, attempt, atMs } = record;
     if (record.record === "begun") {
@@ -145,8 +150,14 @@ export function standingOf(records: readonly JournalRecord[], machine: string, i
       };
     } else if (operation === "destroy") {
       standing = { ...standing, ...ended, state: "destroyed", cause: undefined, reasons: [], made: undefined };
+      move = undefined;
+      hasCopied = false;
     } else {
-      standing = { ...standing, ...ended, state: "done", cause: undefined, reasons: [], made: record.made ?? standing.made };
+      if (operation === "up" && (move === undefined || hasCopied)) {
+        move = { beganMs: standing.beganMs, endedMs: atMs };
+        hasCopied = false;
+      }
+      standing = { ...standing, ...ended, ...move, state: "done", cause: undefined, reasons: [], made: record.made ?? standing.made };
     }
   }
   return standing;

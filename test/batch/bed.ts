@@ -6,6 +6,8 @@ import { join } from "node:path";
 import { stringify } from "yaml";
 import { type Batch, openBatch } from "../../sdk/batch/driver.ts";
 import type { BatchEvent } from "../../sdk/batch/events.ts";
+import { findJournal } from "../../sdk/batch/folder.ts";
+import { readManifest } from "../../sdk/batch/manifest.ts";
 import { openDirectory } from "../bed/directory.ts";
 import { openPulumi } from "../bed/pulumi.ts";
 
@@ -70,7 +72,7 @@ export async function openBatchBed(manifest: object = {}): Promise<BatchBed> {
     openBatch: () => openBatch(manifestPath, { environment, onEvent: (event) => events.push(event) }),
     start,
     cli: (command, ...rest) => start(command, ...rest).ended,
-    journal: () => readFileSync(join(directory, ".virtlift/journal.ndjson"), "utf8"),
+    journal: () => readFileSync(findJournal(directory, readManifest(manifestPath).project).journal, "utf8"),
     [Symbol.asyncDispose]: () => held.disposeAsync(),
   };
 }

@@ -58,3 +58,21 @@ test("counts the time of a machine from its first attempt, and no preview", () =
   const preview: JournalRecord = { ...done, operation: "preview", made: undefined };
   expect(standingOf([begun(1), begun(5, 2), done, preview], "web", false)).toMatchObject({ state: "done", beganMs: 1, attempt: 1 });
 });
+
+test("keeps the time of the move when a later run copies nothing, and counts one that copies a disk again", () => {
+  const later = (atMs: number): JournalRecord => ({ ...done, atMs });
+  const copied: JournalRecord = {
+    record: "step",
+    run: "r",
+    atMs: 45,
+    machine: "web",
+    state: "ended",
+    kind: "ImportedDisk",
+    name: "web-disk0",
+    op: "create-replacement",
+  };
+  const refreshed: JournalRecord = { ...done, operation: "refresh", atMs: 35 };
+  const records = [begun(1), done, begun(20), later(25), refreshed];
+  expect(standingOf(records, "web", false)).toMatchObject({ state: "done", beganMs: 1, endedMs: 9 });
+  expect(standingOf([...records, begun(40), copied, later(50)], "web", false)).toMatchObject({ beganMs: 40, endedMs: 50 });
+});
