@@ -295,6 +295,9 @@ export class Batch implements AsyncDisposable {
       const reasons = outcome.reasons.map((reason) => withoutName(machine.name, reason));
       for (const text of reasons) if (!told.includes(text)) findings.push({ level: "block", text });
     }
+    const isNew = [...steps.values()].some(({ kind, op }) => kind === "VirtualMachine" && op === "create");
+    if (isNew && standingOf(this.#parts.journal.records, machine.name, false).made !== undefined)
+      findings.push({ level: "info", text: "the machine is gone from its host, and is made again" });
     return { machine, steps: [...steps.values()], findings, measures: await this.#measure(machine, job.description) };
   }
 
@@ -540,6 +543,7 @@ export class Batch implements AsyncDisposable {
       if (event.event === "line" || event.event === "outcome") return;
       const { kind, name: resource, op } = event.step;
       journal.append({ record: "step", run, atMs: Date.now(), machine: name, state: event.event, kind, name: resource, op });
+      if (operation === "refresh" && event.event === "ended") this.#tellFound(name, event.step);
       if (event.event === "ended" && !op.includes("delete")) ended.set(`${kind} ${resource}`, event.step);
     });
     const made = outcome.ok && operation !== "destroy" ? madeOf([...ended.values()]) : undefined;
@@ -547,6 +551,13 @@ export class Batch implements AsyncDisposable {
     if (outcome.ok && operation === "up" && job.description !== undefined) await this.#keep(machine, job.description);
     if (outcome.ok && operation === "destroy") await rm(this.#keptPath(name), { force: true });
     return outcome;
+  }
+
+  /** What a refresh found that is not as the state had it. */
+  #tellFound(machine: string, { kind, name, op, changed }: Step): void {
+    const what = kind === "VirtualMachine" ? "the machine" : `the disk ${name}`;
+    const text = op === "delete" ? `${what} is gone from its host` : changed.length > 0 ? `${what} has another ${changed.join(", ")}` : "";
+    if (text !== "") this.#tell({ event: "line", machine, level: "warn", text });
   }
 
   async #keep({ name, declaration: { source } }: BatchMachine, description: MachineDescription): Promise<void> {
@@ -637,7 +648,12 @@ function seenRate(records: readonly JournalRecord[]): number | undefined {
   return rates.toSorted((a, b) => a - b)[Math.floor(rates.length / 2)];
 }
 
-/** Throws Error when a name or a label's form is wrong, or nothing is selected. */
+/** What was asked for selects no machine; the message names it, and what there is. */
+export class SelectionError extends Error {
+  override readonly name = "SelectionError";
+}
+
+/** Throws SelectionError when a name or a label's form is wrong, or nothing is selected. */
 function select(
   machines: readonly BatchMachine[],
   { names, labels, waves, states }: Selection,
@@ -645,10 +661,10 @@ function select(
 ): readonly BatchMachine[] {
   const unknown = names?.find((name) => !machines.some((machine) => machine.name === name));
   if (unknown !== undefined)
-    throw new Error(`there is no machine ${unknown} in the manifest: it has ${machines.map(({ name }) => name).join(", ")}`);
+    throw new SelectionError(`there is no machine ${unknown} in the manifest: it has ${machines.map(({ name }) => name).join(", ")}`);
   const wanted = (labels ?? []).map((label) => {
     const [, key, value] = /^([^=]+)=(.*)$/.exec(label) ?? [];
-    if (key === undefined || value === undefined) throw new Error(`${label} is no label to select by: give key=value`);
+    if (key === undefined || value === undefined) throw new SelectionError(`${label} is no label to select by: give key=value`);
     return { key, value };
   });
   const selected = machines.filter(
@@ -658,8 +674,22 @@ function select(
       (waves === undefined || waves.includes(machine.wave)) &&
       (states === undefined || states.includes(standingOf(records, machine.name, false).state)),
   );
-  if (selected.length === 0) throw new Error("no machine of the manifest is what was asked for");
-  return selected;
+  if (selected.length > 0) return selected;
+  const asked = [
+    ...(names ?? []),
+    ...(labels ?? []),
+    ...(waves ?? []).map((wave) => `wave ${wave}`),
+    ...(states ?? []).map((state) => `state ${state}`),
+  ];
+  const present = machines.map(({ name, wave, labels: own }) => {
+    const facts = [
+      `wave ${wave}`,
+      ...Object.entries(own).map(([key, value]) => `${key}=${value}`),
+      `state ${standingOf(records, name, false).state}`,
+    ];
+    return `${name} (${facts.join(", ")})`;
+  });
+  throw new SelectionError(`no machine of the manifest is ${asked.join(" and ")}: it has ${present.join("; ")}`);
 }
 
 /** A source whose path is relative to the folder. */

@@ -166,8 +166,9 @@ const OURS = /^pulumi-nodejs:dynamic\/virtlift:(ImportedDisk|VirtualMachine)$/;
 /** The engine's severities that are for people; there is `debug` besides. */
 const LEVELS: Readonly<Record<string, "info" | "warn" | "error">> = { info: "info", "info#err": "warn", warning: "warn", error: "error" };
 
-/** What the engine says at the end of everything that failed, or that was cancelled. */
-const ENGINE_SUMMARY = /^(update|preview|refresh|destroy) (failed|cancell?ed)$/;
+/** What the engine and its language host say at the end of everything that failed, or that was cancelled: the reason is told before. */
+const ENGINE_SUMMARY =
+  /^((update|preview|refresh|destroy) (failed|cancell?ed)|One or more errors occurred\. Check logs for more details\.?)$/;
 
 function eventsOf({ diagnosticEvent, resourcePreEvent, resOutputsEvent, resOpFailedEvent }: EngineEvent): readonly WorkerEvent[] {
   if (diagnosticEvent !== undefined) {

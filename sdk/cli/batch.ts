@@ -1,9 +1,10 @@
 /** The commands over a manifest: plan, up, status, refresh, destroy, report. */
+import { existsSync } from "node:fs";
 import { rename, writeFile } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { stderr, stdin, stdout } from "node:process";
 import { createInterface } from "node:readline/promises";
-import { type Batch, type BatchResult, openBatch, readBatch, type Selection } from "../batch/driver.ts";
+import { type Batch, type BatchResult, openBatch, readBatch, type Selection, SelectionError } from "../batch/driver.ts";
 import type { MachineState } from "../batch/journal.ts";
 import type { BatchPlan } from "../batch/plan.ts";
 import { readReport, renderReport } from "../batch/report.ts";
@@ -53,6 +54,8 @@ async function drive(manifest: string, json: boolean, work: (batch: Batch, view:
   try {
     const code = await work(batch, view);
     return isInterrupted ? 130 : code;
+  } catch (error) {
+    throw error instanceof SelectionError ? new UsageError(error.message, { cause: error }) : error;
   } finally {
     process.off("SIGINT", onSignal).off("SIGTERM", onSignal);
   }
@@ -68,6 +71,8 @@ const plan: Command = {
       const planned = await batch.plan(selectionOf(values), { save: values.save === true });
       view.settle();
       showPlan(planned, values.json === true);
+      if (values.save === true && values.json !== true)
+        stdout.write(`saved the plans of the machines that may start: virtlift up ${positionals[0]} --plan keeps to them\n`);
       return planned.isClear ? 0 : 1;
     });
   },
@@ -115,7 +120,10 @@ const destroy: Command = {
   summary: "Removes the machines and their disks, the last wave first. Asks on a terminal; elsewhere it needs --yes.",
   async run(argv) {
     const { values, positionals } = parseCommand(argv, { ...SELECTION, yes: { type: "boolean" } }, ["<manifest>"]);
-    if (values.yes !== true && !(await isConfirmed())) throw new UsageError("nothing was destroyed: confirm it, or give --yes");
+    if (values.yes !== true && !(await isConfirmed())) {
+      stderr.write("nothing was destroyed: give --yes\n");
+      return 2;
+    }
     return drive(positionals[0]!, values.json === true, async (batch, view) => {
       const result = await batch.destroy(selectionOf(values));
       view.settle();
@@ -178,6 +186,7 @@ const report: Command = {
       return 0;
     }
     const output = resolve(values.output ?? join(dirname(path), `${made.project}-report.html`));
+    if (!existsSync(dirname(output))) throw new UsageError(`there is no folder ${dirname(output)} to write the report to: make it first`);
     await writeFile(`${output}.new`, renderReport(made));
     await rename(`${output}.new`, output);
     stdout.write(`${output}\n`);

@@ -25,6 +25,8 @@ export const clean: Command = {
       printable(path),
     ]);
     stdout.write(`${formatTable(["pool", "size", "last written", "state", "path"], rows).join("\n")}\n`);
+    if (found.some(({ isWriting, modifiedSeconds }) => values.remove !== true && !isWriting && modifiedSeconds !== undefined))
+      stdout.write("what is stale is removed by --remove\n");
     return 0;
   },
 };

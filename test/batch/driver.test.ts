@@ -74,16 +74,30 @@ test("moves machines in waves, has nothing to do the second time though the sour
   // Once imported, the source is history.
   await rm(sources, { recursive: true });
   await libvirtd.virsh("undefine", "--nvram", "cache");
-  expect(await bed.cli("refresh", "--only", "cache")).toMatchObject({ code: 0, stdout: "1 done\n" });
+  expect(await bed.cli("refresh", "--only", "cache")).toMatchObject({
+    code: 0,
+    stdout: "1 done\n",
+    stderr: expect.stringContaining("cache: the machine is gone from its host") as string,
+  });
   bed.write(manifest({ machine: { memoryMiB: 640, description: "new words" } }));
   const again = await bed.cli("plan");
   expect(again.stdout.match(/ same /g)).toHaveLength(1);
   expect(again.stdout).toMatch(/^cache .* update /m);
+  expect(again.stdout).toMatch(/^info +cache: the machine is gone from its host, and is made again$/m);
   expect(again.stdout).toMatch(/^web .* update /m);
   expect(again.stdout).toMatch(/^update {2}web: description, memoryMiB$/m);
   expect(again.stdout).toContain("nothing is to be copied");
   expect((await bed.cli("status")).stdout.match(/ done /g)).toHaveLength(3);
 
+  expect(await bed.cli("destroy")).toEqual({ code: 2, stdout: "", stderr: "nothing was destroyed: give --yes\n" });
+  expect(await bed.cli("destroy", "--yes", "--wave", "7")).toMatchObject({
+    code: 2,
+    stderr: expect.stringContaining("no machine of the manifest is wave 7: it has web (wave 2, state done)") as string,
+  });
+  expect(await bed.cli("report", "--output", "none/report.html")).toMatchObject({
+    code: 2,
+    stderr: expect.stringContaining(`there is no folder ${bed.directory}/none`) as string,
+  });
   expect(await bed.cli("destroy", "--yes")).toMatchObject({ code: 0, stdout: "3 destroyed\n" });
   expect(await readdir(libvirtd.poolPath)).toEqual([]);
   expect((await libvirtd.virsh("list", "--all", "--name")).trim()).toBe("");

@@ -34,7 +34,9 @@ test("tells and destroys the machines of one project only, though another in its
   expect(readBatch(bed.manifestPath).statuses).toMatchObject([{ standing: { state: "waiting" } }]);
   expect(readReport(bed.manifestPath)).toMatchObject({ runs: [], totals: { done: 0 } });
   await using blue = await bed.openBatch();
-  await expect(blue.destroy({ states: ["done"] })).rejects.toThrow("no machine");
+  await expect(blue.destroy({ states: ["done"] })).rejects.toThrow(
+    "no machine of the manifest is state done: it has web (wave 1, state waiting)",
+  );
   await expect(blue.up({}, { usePlans: true })).rejects.toThrow(
     `no plan of web was saved: run virtlift plan ${bed.manifestPath} --save first`,
   );
