@@ -25,6 +25,8 @@ import { readSecret } from "./secrets.ts";
 import { Workers } from "./workers.ts";
 
 const MAX_DELAY_SECONDS = 300;
+/** Of a manifest's machines in a refusal. */
+const MAX_NAMED = 20;
 /** Between the engine's first interrupt, which lets it finish, and the second, which ends it. */
 const INTERRUPT_GAP_MS = 1000;
 
@@ -44,7 +46,7 @@ export interface BatchOptions {
   readonly onEvent?: (event: BatchEvent) => void;
 }
 
-/** How a machine of a run ended. `skipped`: it was not started. */
+/** How a machine of a run ended. `skipped`: it was not started. Done for the reason `unchanged`: there was nothing to do. */
 export interface MachineResult {
   readonly machine: string;
   readonly state: MachineState | "skipped";
@@ -460,7 +462,8 @@ export class Batch implements AsyncDisposable {
             : outcome.cause === "cancelled"
               ? "cancelled"
               : "failed";
-          end(machine.name, state, outcome.ok ? [] : outcome.reasons, (performance.now() - beganMs) / 1000);
+          const isUnchanged = outcome.ok && operation === "up" && Object.keys(outcome.changes).every((op) => op === "same");
+          end(machine.name, state, outcome.ok ? (isUnchanged ? ["unchanged"] : []) : outcome.reasons, (performance.now() - beganMs) / 1000);
         });
         running.set(machine, work);
       }
@@ -537,9 +540,12 @@ export class Batch implements AsyncDisposable {
     journal.append({ record: "begun", run, atMs: Date.now(), machine: name, operation, attempt });
     this.#tell({ event: "phase", machine: name, phase: "running", attempt });
     const ended = new Map<string, Step>();
+    let phase: Phase | undefined;
     const planFile = usePlans && operation === "up" ? this.#planPath(name) : undefined;
     const outcome = await workers.run({ ...job, planFile }, (event) => {
-      this.#relay(name, attempt, event);
+      const begins = event.event === "begun" ? phaseOf(event.step) : undefined;
+      if (begins !== undefined && begins !== phase) this.#tell({ event: "phase", machine: name, phase: (phase = begins), attempt });
+      this.#relay(name, event);
       if (event.event === "line" || event.event === "outcome") return;
       const { kind, name: resource, op } = event.step;
       journal.append({ record: "step", run, atMs: Date.now(), machine: name, state: event.event, kind, name: resource, op });
@@ -567,18 +573,14 @@ export class Batch implements AsyncDisposable {
     await rename(`${path}.new`, path);
   }
 
-  #relay(machine: string, attempt: number, event: WorkerEvent): void {
-    if (event.event === "line") {
-      const progress = parseProgress(event.text);
-      this.#tell(
-        progress === undefined
-          ? { event: "line", machine, level: event.level, text: withoutName(machine, event.text) }
-          : { event: "progress", machine, ...progress },
-      );
-    } else if (event.event === "begun") {
-      const phase = phaseOf(event.step);
-      if (phase !== undefined) this.#tell({ event: "phase", machine, phase, attempt });
-    }
+  #relay(machine: string, event: WorkerEvent): void {
+    if (event.event !== "line") return;
+    const progress = parseProgress(event.text);
+    this.#tell(
+      progress === undefined
+        ? { event: "line", machine, level: event.level, text: withoutName(machine, event.text) }
+        : { event: "progress", machine, ...progress },
+    );
   }
 }
 
@@ -689,7 +691,8 @@ function select(
     ];
     return `${name} (${facts.join(", ")})`;
   });
-  throw new SelectionError(`no machine of the manifest is ${asked.join(" and ")}: it has ${present.join("; ")}`);
+  const more = present.length > MAX_NAMED ? `; and ${present.length - MAX_NAMED} more` : "";
+  throw new SelectionError(`no machine of the manifest is ${asked.join(" and ")}: it has ${present.slice(0, MAX_NAMED).join("; ")}${more}`);
 }
 
 /** A source whose path is relative to the folder. */

@@ -71,7 +71,7 @@ const plan: Command = {
       const planned = await batch.plan(selectionOf(values), { save: values.save === true });
       view.settle();
       showPlan(planned, values.json === true);
-      if (values.save === true && values.json !== true)
+      if (values.save === true && values.json !== true && planned.machines.some(({ action }) => action !== "blocked"))
         stdout.write(`saved the plans of the machines that may start: virtlift up ${positionals[0]} --plan keeps to them\n`);
       return planned.isClear ? 0 : 1;
     });

@@ -98,7 +98,9 @@ test("moves machines in waves, has nothing to do the second time though the sour
     code: 2,
     stderr: expect.stringContaining(`there is no folder ${bed.directory}/none`) as string,
   });
-  expect(await bed.cli("destroy", "--yes")).toMatchObject({ code: 0, stdout: "3 destroyed\n" });
+  const destroyed = await bed.cli("destroy", "--yes");
+  expect(destroyed).toMatchObject({ code: 0, stdout: "3 destroyed\n" });
+  expect(destroyed.stderr.match(/^web: removing$/gm)).toHaveLength(1);
   expect(await readdir(libvirtd.poolPath)).toEqual([]);
   expect((await libvirtd.virsh("list", "--all", "--name")).trim()).toBe("");
 }, 180_000);
@@ -148,5 +150,6 @@ test("finds what machines claim together, starts nothing then, and binds an upda
 
   bed.write(manifest({}, {}));
   await using batch = await bed.openBatch();
-  expect((await batch.up({ names: ["db"] }, { usePlans: true })).machines).toMatchObject([{ state: "done" }]);
+  expect((await batch.up({ names: ["db"] }, { usePlans: true })).machines).toMatchObject([{ state: "done", reasons: [] }]);
+  expect((await batch.up({ names: ["db"] })).machines).toEqual([{ machine: "db", state: "done", reasons: ["unchanged"] }]);
 }, 180_000);
