@@ -168,7 +168,7 @@ const LEVELS: Readonly<Record<string, "info" | "warn" | "error">> = { info: "inf
 
 /** What the engine and its language host say at the end of everything that failed, or that was cancelled: the reason is told before. */
 const ENGINE_SUMMARY =
-  /^((update|preview|refresh|destroy) (failed|cancell?ed)|One or more errors occurred\. Check logs for more details\.?)$/;
+  /^(update|preview|refresh|destroy) (failed|cancell?ed)$|(^|: )One or more errors occurred\. Check logs for more details\.?$/;
 
 function eventsOf({ diagnosticEvent, resourcePreEvent, resOutputsEvent, resOpFailedEvent }: EngineEvent): readonly WorkerEvent[] {
   if (diagnosticEvent !== undefined) {
