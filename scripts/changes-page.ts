@@ -31,6 +31,9 @@ export function renderChangesPage(): string {
 When a live change fails, what was done before it is taken back, and the old definition stands again. A device that the guest does not let go within 20
 seconds stays until its next start, with a warning.
 
+Deleting a machine asks its guest to shut down, and cuts its power when it has not after \`shutdownTimeoutSeconds\`, with a warning:
+\`onShutdownTimeout\` is for changes and restarts.
+
 | property | change | takes | why |
 | --- | --- | --- | --- |
 ${rows.join("\n")}

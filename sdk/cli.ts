@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /** The command `virtlift`. Each command is a file in `cli/`; this one finds it. */
-import { argv, exit, stderr, stdout } from "node:process";
+import { argv, exit, stderr, stdout, versions } from "node:process";
 import { batchCommands } from "./cli/batch.ts";
 import { check } from "./cli/check.ts";
 import { clean } from "./cli/clean.ts";
@@ -16,7 +16,15 @@ ${COMMANDS.map(({ usage, summary }) => `  virtlift ${usage}\n      ${summary}`).
 Exit codes: 0 all is well; 1 something failed or may not start; 2 the command or the manifest is wrong; 130 interrupted.
 `;
 
+/** As `engines` in package.json says: older ones lack what the commands load. */
+const OLDEST_NODE = [22, 18] as const;
+
 async function main([name, ...rest]: readonly string[]): Promise<number> {
+  const [major = 0, minor = 0] = versions.node.split(".").map(Number);
+  if (major < OLDEST_NODE[0] || (major === OLDEST_NODE[0] && minor < OLDEST_NODE[1])) {
+    stderr.write(`virtlift: Node ${OLDEST_NODE.join(".")} or newer is needed, and this is ${versions.node}\n`);
+    return 2;
+  }
   if (name === undefined || name === "help" || name === "--help" || name === "-h") {
     stdout.write(HELP);
     return name === undefined ? 2 : 0;

@@ -3,6 +3,7 @@ import { posix } from "node:path";
 import { XMLParser } from "fast-xml-parser";
 import { LibvirtError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
+import { quoteArgument } from "../host/quote.ts";
 import { LIST_STORAGE_POOLS, STORAGE_POOL_STATE } from "../libvirt/constants.ts";
 
 /** VIR_ERR_NO_STORAGE_POOL of virterror.h. */
@@ -38,7 +39,10 @@ export async function activePool(host: Host, name: string): Promise<ActivePool> 
   } catch (error) {
     if (!(error instanceof LibvirtError) || error.code !== NO_STORAGE_POOL) throw error;
     const names = (await libvirt.connectListAllStoragePools()).map((each) => each.name);
-    const remedy = names.length > 0 ? `it has ${names.join(", ")}` : "define one with virsh pool-define-as";
+    const remedy =
+      names.length > 0
+        ? `it has ${names.join(", ")}`
+        : `define one: virsh pool-define-as ${quoteArgument(name)} dir --target /var/lib/libvirt/images, then pool-build, pool-start and pool-autostart of it`;
     throw new PoolError(`there is no pool ${name} on ${host.label}: ${remedy}`);
   }
   if ((await libvirt.storagePoolGetInfo(pool)).state !== STORAGE_POOL_STATE.running) {

@@ -26,7 +26,8 @@ async function openBed() {
   const running = project.start("up", "--yes", "--skip-preview");
   const partBytes = await waitForPart(join(libvirtd.poolPath, ".virtlift"), running);
   const provider = providerOf(pulumi.env["PULUMI_HOME"] ?? "");
-  const importer = descendants(provider).find((pid) => commandLine(pid).includes("import-program")) ?? expect.unreachable("nobody imports");
+  const importer = descendants(provider).find((pid) => commandLine(pid).includes("import-program"));
+  if (importer === undefined) throw new Error("nobody imports");
   // The writers sleep, so that nothing is finished before anybody is killed.
   const writers = descendants(importer);
   for (const pid of writers) process.kill(pid, "SIGSTOP");
