@@ -7,8 +7,9 @@ import { join, resolve, sep } from "node:path";
 import { argv } from "node:process";
 import ts from "typescript";
 
-/** Types of arguments, by the module that exports them. */
-const DOCUMENTED: Readonly<Record<string, readonly string[]>> = { "sdk/index": ["ImportedDiskArgs", "VirtualMachineArgs"] };
+/** The types of arguments, and the module that exports them. */
+const MODULE = "sdk/index";
+const TYPES = ["ImportedDiskArgs", "VirtualMachineArgs"];
 
 /** Deeper no argument is nested. */
 const MAX_DEPTH = 6;
@@ -25,10 +26,8 @@ interface Seen {
 /** Comments by the place where they belong, in files of the build. */
 const comments = new Map<string, Map<number, string>>();
 
-for (const [module, names] of Object.entries(DOCUMENTED)) {
-  const [source, declared] = [open(join(root, `${module}.ts`)), open(join(built, `${module}.d.ts`))];
-  for (const name of names) document(source(name), declared(name), 0);
-}
+const [source, declared] = [open(join(root, `${MODULE}.ts`)), open(join(built, `${MODULE}.d.ts`))];
+for (const name of TYPES) document(source(name), declared(name), 0);
 for (const [file, places] of comments) {
   let text = readFileSync(file, "utf8");
   for (const [at, comment] of [...places].sort(([a], [b]) => b - a)) text = `${text.slice(0, at)}${comment}\n${text.slice(at)}`;

@@ -6,7 +6,7 @@ import { DiskError, isNotFound } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { formatArrival, formatBytes, formatSeconds, tellProgress } from "../transfer/progress.ts";
 import { importInProcess } from "../transfer/import-process.ts";
-import type { ImportResult } from "../transfer/import.ts";
+import { capacityOf, type ImportResult } from "../transfer/import.ts";
 import { removeLeftover } from "../transfer/leftovers.ts";
 import { WORK_FOLDER } from "../transfer/part-file.ts";
 import { removeStamp, type Stamp, type VolumeFile } from "../transfer/probe.ts";
@@ -336,8 +336,7 @@ async function importThere(
   const found = await openOnHost(host, inputs, from, { ...sourceSettings(context), onProgress: tellFetch });
   const { source } = found;
   await using _closed = source;
-  const capacityBytes = Math.max(options.capacityBytes, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
-  const whole = { ...options, capacityBytes };
+  const whole = { ...options, capacityBytes: capacityOf(source, options.capacityBytes) };
   return await (found.mode === "adopt" ? adoptOnHost(host, found, whole) : importOnHost(host, found, whole));
 }
 

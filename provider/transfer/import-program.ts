@@ -2,7 +2,7 @@
 import { resourceUsage } from "node:process";
 import { packError } from "../errors.ts";
 import { createHosts } from "../host/open.ts";
-import { importDisk } from "./import.ts";
+import { capacityOf, importDisk } from "./import.ts";
 import type { Command, ImportOrder, Report } from "./import-process.ts";
 import { openSource } from "./source.ts";
 import { type Throttle, unlessAborted } from "./throttle.ts";
@@ -39,7 +39,7 @@ async function carryOut(
   const hosts = createHosts(surroundings);
   try {
     await using source = await openSource(spec, { ...sourceOptions, signal });
-    const capacityBytes = Math.max(options.capacityBytes, Math.ceil(source.image.virtualSizeBytes / 512) * 512);
+    const capacityBytes = capacityOf(source, options.capacityBytes);
     const throttle = bytesPerSecond === undefined ? undefined : askingThrottle(bytesPerSecond);
     return await importDisk(hosts.open(host), source, { ...options, capacityBytes, throttle, signal, onProgress: teller() });
   } finally {

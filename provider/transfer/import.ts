@@ -3,7 +3,7 @@ import { randomUUID } from "node:crypto";
 import { DiskError } from "../errors.ts";
 import type { Host } from "../host/hosts.ts";
 import { ImageError } from "../image/parser.ts";
-import { isZero } from "../image/bytes.ts";
+import { isZero, roundUp } from "../image/bytes.ts";
 import type { ImageFormat, RunList } from "../image/image.ts";
 import { chooseClusterBytes, type Layout, Qcow2Writer, type Write } from "../image/qcow2-writer.ts";
 import { readsFarReferences } from "./canary.ts";
@@ -16,6 +16,8 @@ import { pump, type PumpOptions, type Target } from "./pump.ts";
 import type { OpenSource } from "./source.ts";
 import type { Throttle } from "./throttle.ts";
 import { openUpload } from "./upload.ts";
+
+const SECTOR_BYTES = 512;
 
 /** Formats whose images may hold compressed clusters. */
 const COMPRESSING: ReadonlySet<ImageFormat> = new Set(["qcow2", "vmdk"]);
@@ -134,6 +136,11 @@ async function fill(host: Host, part: Part, source: OpenSource, options: ImportO
   return { virtualSizeBytes: options.capacityBytes, sourceDigest, contentDigest, allocatedBytes, sentBytes, keptBytes, importedAt };
 }
 
+/** What the guest of a source's volume sees: whole sectors, and `leastBytes` where the source has fewer. */
+export function capacityOf({ image }: OpenSource, leastBytes: number): number {
+  return Math.max(leastBytes, roundUp(image.virtualSizeBytes, SECTOR_BYTES));
+}
+
 /** The bytes of a stamp, given what is known at the end. */
 export function stampOf(
   { stamp, capacityBytes, verify = "digest" }: ImportOptions,
@@ -202,10 +209,11 @@ function rawTarget(part: Part, runs: RunList, options: ImportOptions): VolumeTar
       // Only the file itself can be hashed in its order then.
       if (!isWhole || virtualOffset < end) data = undefined;
       end = writeEnd;
-      await data?.update(virtualOffset, bytes);
       for (let at = 0; at < bytes.length; at += DATA_BLOCK_BYTES) {
         const block = bytes.subarray(at, at + DATA_BLOCK_BYTES);
-        if (!isZero(block)) await part.write(virtualOffset + at, block);
+        if (isZero(block)) continue;
+        await data?.update(virtualOffset + at, block);
+        await part.write(virtualOffset + at, block);
       }
     },
     writeCompressed: () => {
